@@ -1,0 +1,31 @@
+"""Scan orders: how the cells of a grid are read as sequences.
+
+An order is a function from a grid to a (K, T) table of cell numbers, registered under its name:
+
+>>> list_scans(3)
+['bidirectional', 'cross', 'hilbert', 'interslice', 'morton', 'raster', 'window']
+>>> scan_table("cross", (2, 2))
+tensor([[0, 1, 2, 3],
+        [0, 2, 1, 3],
+        [3, 2, 1, 0],
+        [3, 1, 2, 0]], dtype=torch.int32)
+"""
+
+from vssm.scans import curves, raster, skip, volume, window  # noqa: F401  (their orders register themselves)
+from vssm.scans.apply import to_grid, to_sequences
+from vssm.scans.registry import Grid, list_scans, register_scan, scan_array, scan_shape, visits_once
+from vssm.scans.snake import snake_directions
+from vssm.scans.tables import scan_table
+
+__all__ = [
+    "Grid",
+    "list_scans",
+    "register_scan",
+    "scan_array",
+    "scan_shape",
+    "scan_table",
+    "snake_directions",
+    "to_grid",
+    "to_sequences",
+    "visits_once",
+]

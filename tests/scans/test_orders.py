@@ -1,0 +1,143 @@
+"""Every registered order keeps its promises on every grid, and each rule stands once more as a literal example."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from vssm.scans import list_scans, scan_array, scan_shape, snake_directions, visits_once
+from vssm.scans.registry import find_scan
+
+GRIDS = [(1, 1), (1, 6), (6, 1), (2, 2), (3, 7), (8, 8), (14, 14), (13, 5),
+         (1, 1, 1), (1, 1, 5), (2, 3, 5), (4, 4, 4), (3, 3, 3), (5, 4, 6), (7, 2, 1)]  # fmt: skip
+OPTIONS = {
+    "raster": [{"axes": "wh"}, {"axes": "whd"}, {"axes": "hdw"}],
+    "bidirectional": [{"axes": "wh"}, {"axes": "dwh"}],
+    "hilbert": [{"transpose": True}],
+    "morton": [{"transpose": True}],
+    "window": [{"window": 1}, {"window": 2}, {"window": 3, "column": True}],
+    "atrous": [{"step": 1}, {"step": 3}],
+    "interslice": [{"slices": 1}],
+}
+
+
+def cases():
+    """(name, options, grid) of every order, with its defaults and with each option."""
+    for name in list_scans():
+        for options in [{}, *OPTIONS.get(name, [])]:
+            for grid in GRIDS:
+                fits = "axes" not in options or len(options["axes"]) == len(grid)
+                if len(grid) in find_scan(name).spatial_dims and fits:
+                    yield pytest.param(name, options, grid, id=f"{name}-{options or ''}-{grid}")
+
+
+def visits(table: np.ndarray, cells: int) -> np.ndarray:
+    """How often each row reads each cell, padding left out: (K, L)."""
+    return np.stack([np.bincount(row, minlength=cells + 1)[:cells] for row in table])
+
+
+@pytest.mark.parametrize(("name", "options", "grid"), list(cases()))
+def test_an_order_reads_every_cell(name, options, grid):
+    """Each row of a permutation reads each cell once; the rows of any other order read each cell at least once."""
+    table, cells = scan_array(name, grid, **options), math.prod(grid)
+    count = visits(table, cells)
+    assert table.shape == scan_shape(name, grid, **options)
+    if find_scan(name).permutation:
+        assert (count == 1).all()
+    assert (count.sum(axis=0) >= 1).all()
+    assert not visits_once(name) or count.max() == 1
+
+
+@pytest.mark.parametrize("name", list_scans())
+def test_every_option_of_an_order_is_tested(name):
+    tested = {option for options in OPTIONS.get(name, []) for option in options}
+    assert tested == set(find_scan(name).defaults)
+
+
+def test_the_orders_are_these():
+    """A removal, or a name taken twice, is a decision."""
+    both = ["bidirectional", "cross", "hilbert", "morton", "raster", "window"]
+    assert list_scans(2) == sorted([*both, "atrous", "bidi", "rot90", "snake", "unidi"])
+    assert list_scans(3) == sorted([*both, "interslice"])
+    assert list_scans() == sorted({*list_scans(2), *list_scans(3)})
+
+
+def test_rasters():
+    assert scan_array("raster", (2, 3)).tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert scan_array("raster", (2, 1, 2), axes="whd").tolist() == [[0, 2, 1, 3]]
+    assert scan_array("bidirectional", (2, 2), axes="wh").tolist() == [[0, 2, 1, 3], [3, 1, 2, 0]]
+
+
+def test_cross():
+    assert scan_array("cross", (2, 3)).tolist() == [
+        [0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0],
+    ]  # fmt: skip
+    forward = [[0, 1, 2, 3, 4, 5, 6, 7], [0, 4, 1, 5, 2, 6, 3, 7], [0, 2, 4, 6, 1, 3, 5, 7]]  # dhw, hwd, wdh
+    assert scan_array("cross", (2, 2, 2)).tolist() == forward + [row[::-1] for row in forward]
+
+
+def test_vmamba_ablations():
+    """Position l of sequence k reads pixel (h, w), by VMamba's own formulas."""
+    height, width = 3, 4
+    cells = height * width
+    rows = list(range(cells))
+    turned = [(l % height) * width + width - 1 - l // height for l in rows]
+    back = [(height - 1 - l % height) * width + l // height for l in rows]
+    assert scan_array("rot90", (height, width)).tolist() == [rows, turned, rows[::-1], back]
+    assert scan_array("unidi", (height, width)).tolist() == [rows] * 4
+    assert scan_array("bidi", (height, width)).tolist() == [rows, rows, rows[::-1], rows[::-1]]
+
+
+def test_snake():
+    assert scan_array("snake", (3, 2)).tolist() == [
+        [0, 1, 3, 2, 4, 5], [5, 4, 2, 3, 1, 0], [0, 2, 4, 5, 3, 1], [1, 3, 5, 4, 2, 0],
+    ]  # fmt: skip
+    assert snake_directions((3, 2)).tolist() == [  # 0 start, 1 right, 2 left, 3 up, 4 down
+        [0, 1, 4, 2, 4, 1], [0, 2, 3, 1, 3, 2], [0, 4, 4, 1, 3, 3], [0, 4, 4, 2, 3, 3],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if len(grid) == 2], ids=str)
+def test_every_step_of_a_snake_goes_to_a_neighbour(grid):
+    row, column = np.divmod(scan_array("snake", grid), grid[1])
+    assert (np.abs(np.diff(row)) + np.abs(np.diff(column)) == 1).all()
+    assert ((snake_directions(grid) > 0).sum(axis=1) == math.prod(grid) - 1).all()
+
+
+def test_windows():
+    assert scan_array("window", (2, 4), window=2).tolist() == [[0, 1, 4, 5, 2, 3, 6, 7], [7, 6, 3, 2, 5, 4, 1, 0]]
+    assert scan_array("window", (4, 2), window=2, column=True)[0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert scan_array("window", (1, 3), window=2)[0].tolist() == [0, 1, 3, 3, 2, 3, 3, 3]
+    assert scan_array("window", (1, 2, 3), window=2)[0].tolist() == [0, 1, 3, 4, 6, 6, 6, 6, 2, 6, 5, 6, 6, 6, 6, 6]
+
+
+def test_atrous():
+    assert scan_array("atrous", (4, 4))[1].tolist() == [4, 12, 6, 14]
+    assert scan_array("atrous", (3, 3)).tolist() == [[0, 2, 6, 8], [3, 9, 5, 9], [1, 9, 7, 9], [4, 9, 9, 9]]
+    assert scan_array("atrous", (2, 3), step=3)[:3].tolist() == [[0], [3], [6]]  # 6 is padding: no third row
+
+
+def test_interslice():
+    assert scan_array("interslice", (2, 1, 3)).tolist() == [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 3, 1, 4, 2, 5]]
+    assert scan_array("interslice", (2, 1, 3), slices=3)[2].tolist() == [0, 2, 4, 1, 3, 5]
+
+
+@pytest.mark.parametrize("grid", [(4, 2, 3), (5, 3, 1), (20, 2, 2)], ids=str)
+def test_interslice_reads_true_slices_by_default(grid):
+    """Whatever the depth, all planes are read at one position before the next position is."""
+    depth, positions = grid[0], grid[1] * grid[2]
+    cell = scan_array("interslice", grid)[2].reshape(positions, depth)
+    assert (cell == np.arange(positions)[:, None] + positions * np.arange(depth)).all()
+
+
+def test_morton():
+    assert scan_array("morton", (2, 3)).tolist() == [[0, 1, 3, 4, 2, 5], [5, 2, 4, 3, 1, 0]]
+    assert scan_array("morton", (2, 3), transpose=True)[0].tolist() == [0, 3, 1, 4, 2, 5]
+    assert scan_array("morton", (2, 2, 2), transpose=True)[0].tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
+    key = [
+        int(f"{d >> 1}{h >> 1}{w >> 1}{d & 1}{h & 1}{w & 1}", 2) for d, h, w in itertools.product(range(4), repeat=3)
+    ]
+    assert scan_array("morton", (4, 4, 4))[0].tolist() == np.argsort(key).tolist()
