@@ -1,0 +1,7 @@
+"""Ops on sequences that a table reads from a grid, each with a definition and fast backends."""
+
+from vssm.kernels.backends import available_backends, use_backend, why_not
+from vssm.kernels.conv1d import causal_conv1d
+from vssm.kernels.selective_scan import selective_scan
+
+__all__ = ["available_backends", "causal_conv1d", "selective_scan", "use_backend", "why_not"]

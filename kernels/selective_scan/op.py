@@ -1,0 +1,286 @@
+"""The public op: checks, dispatch, gradients.
+
+Eager calls go through ``autograd.Function``, a tenth of a custom op's cost; compilers see the custom op
+``vssm::selective_scan``. Both call :func:`_forward` and :func:`_backward`, which hand the problem to a backend.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vssm.kernels.backends import choose, implementation
+from vssm.kernels.checks import match
+from vssm.kernels.operands import check_cells, check_kinds, dense, index_or_steps
+from vssm.kernels.selective_scan import reference
+from vssm.kernels.selective_scan.problem import Problem
+
+OPERANDS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")  # what has a gradient, in this order
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    table: Tensor | None = None,
+    read: Tensor | str | None = None,
+    write: Tensor | str | None = None,
+    merge: str | None = None,
+    initial_state: Tensor | None = None,
+    revisits: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the selective state-space recurrence along each row of ``table`` (Mamba, arXiv:2312.00752, Algorithm 2).
+
+        h[t] = exp(delta[q] A) h[t-1] + delta[q] B[q] u[p],    y[o] += C[q] · h[t] + D u[p]
+        p = table[k, t],    q = read[k, t],    o = write[k, t]
+
+    Sizes: b batch, k rows (directions, heads, groups), l cells, d channels, n states, t steps. Any operand may come
+    without its k axis: it is shared by the rows, never copied, and its gradient is the sum over them. Strides are free
+    except that the last axis is contiguous (another layout is copied). Functional: published as ``selective_scan_fn``
+    in github.com/state-spaces/mamba (Apache-2.0), whose signature is in :mod:`vssm.kernels.compat`.
+
+    Args:
+        u: Input by cell, (b, l, d) or (b, k, l, d), any float dtype.
+        delta: Step sizes by cell, (b, l, d) or (b, k, l, d); positive, or anything if ``delta_softplus``.
+        A: State decay, negative, (d, n) or (k, d, n).
+        B, C: Input and output gates by cell, (b, l, n) or (b, k, l, n).
+        D: Skip weights, (d) or (k, d).
+        z: Gate of the output, (b, cells of y, d): y is multiplied by silu(z), after the merge.
+        delta_bias: Added to delta before the softplus, (d) or (k, d).
+        delta_softplus: Pass delta through softplus.
+        table: The cell of each step, integers, (k, t), or (b, k, t) if the order depends on the sample; None reads the
+            cells as they lie. A row may revisit cells (their outputs add up in step order) or leave some out (their
+            output is 0). Entry l is padding: u, B and C read 0 there, delta reads 0 before its bias, y is dropped.
+        read: Where delta, B and C are read: None for ``table``, ``"steps"`` for entry t at step t, or a table.
+        write: Where y is written: None for ``table``, ``"steps"`` to leave y in step order, or a table.
+        merge: ``"sum"`` adds the rows of y.
+        initial_state: State before the first step, (b, k, d, n); zero if None.
+        revisits: False promises that each row names a cell at most once, in every table given, which saves a GPU the
+            ordering of revisits; a broken promise loses contributions there. None or True promises nothing.
+        backend: One of ``available_backends("selective_scan")``; by default the fastest for ``u.device``.
+
+    Returns:
+        y, (b, k, l, d) or (b, l, d) if merged, in the dtype of ``u`` (t instead of l with ``write="steps"``); and the
+        state after the last step, (b, k, d, n). Both have gradients. States and exponentials are float32, float64 if
+        ``u`` is. Under autocast u, delta, B, C and z are cast to its dtype, the others left alone.
+
+    Raises:
+        ValueError: If shapes or devices disagree, a table names a cell that is not there (found on the CPU only; a GPU
+            takes it for padding), or the backend cannot run on ``u.device``.
+
+    >>> x = torch.ones(1, 3, 1)                                    # three cells, one channel
+    >>> y, _ = selective_scan(x, x, torch.zeros(1, 1), x, x, table=torch.tensor([[2, 0, 1]]), backend="reference")
+    >>> y.flatten().tolist()                                       # a running sum in the order 2, 0, 1
+    [2.0, 3.0, 1.0]
+    """
+    if merge not in (None, "sum"):
+        raise ValueError(f"selective_scan: merge must be None or 'sum', got {merge!r}")
+    read = index_or_steps("selective_scan", "read", read, table)
+    write = index_or_steps("selective_scan", "write", write, table)
+    operands = (u, delta, A, B, C, D, z, delta_bias, table, read, write, initial_state)
+    if torch.compiler.is_compiling():  # sizes may be symbols there, which do not hash
+        k = _check(*operands, read is table)
+    else:
+        k = _check_once(*(None if x is None else Facts(x.shape, x.dtype, x.device) for x in operands), read is table)
+
+    if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(u.device.type)
+        u, delta, B, C = u.to(dtype), delta.to(dtype), B.to(dtype), C.to(dtype)
+        z = z if z is None else z.to(dtype)
+    compute = torch.float64 if u.dtype == torch.float64 else torch.float32
+    A = A.to(compute)
+    D = D if D is None else D.to(compute)
+    delta_bias = delta_bias if delta_bias is None else delta_bias.to(compute)
+    initial_state = initial_state if initial_state is None else initial_state.to(compute)
+
+    chosen = _chosen(u.device, u.dtype, backend)
+    tensors = [dense(x) for x in (u, delta, A, B, C, D, z, delta_bias, table, read, write, initial_state)]
+    problem: list[Any] = [*tensors, delta_softplus, merge == "sum", revisits is not False]
+    if chosen == "reference":
+        return reference.selective_scan(_checked(Problem(*problem)))
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.compiler.is_compiling():
+        y, last_state, _, _ = torch.ops.vssm.selective_scan(*problem, save, chosen, k)
+        return y, last_state
+    if save:
+        return _SelectiveScan.apply(*problem, chosen)
+    return _forward(Problem(*problem), False, chosen)[:2]
+
+
+class Facts(NamedTuple):
+    """What the checks look at in a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _check(
+    u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any,
+    table: Any, read: Any, write: Any, initial_state: Any, read_by_table: bool,
+) -> int:  # fmt: skip
+    """Check all operands, tensors or their Facts, against each other; returns the number of rows."""
+    who = "selective_scan"
+    sizes = match(who, u=(u, "b k? l d"))
+    sizes = match(who, sizes, table=(table, "b? k t"), read=(read, "b? k t"), write=(write, "b? k t"))
+    cells = sizes["l"]
+    steps = sizes.setdefault("t", cells)
+    if table is None and steps != cells:
+        raise ValueError(f"{who}: without a table there are as many steps as cells ({cells}), got {steps}")
+    if read is None or read_by_table:
+        sizes["r"] = steps if read is None else cells
+    sizes = match(who, sizes, delta=(delta, "b k? r d"), A=(A, "k? d n"), B=(B, "b k? r n"), C=(C, "b k? r n"),
+                  D=(D, "k? d"), delta_bias=(delta_bias, "k? d"))  # fmt: skip
+    sizes.setdefault("k", 1)
+    empty = [axis for axis in "kltn" if sizes[axis] == 0]
+    if empty:
+        raise ValueError(f"{who}: there must be at least one row, cell, step and state, got {empty[0]}=0")
+    sizes["m"] = cells if write is not None else steps
+    match(who, sizes, z=(z, "b m d"), initial_state=(initial_state, "b k d n"))
+    values = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state)
+    check_kinds(who, values, dict(table=table, read=read, write=write))
+    return sizes["k"]
+
+
+_check_once = lru_cache(maxsize=4096)(_check)  # a model calls with few shapes, again and again
+
+
+@torch.compiler.assume_constant_result
+def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    return choose("selective_scan", device, dtype, backend)
+
+
+def _checked(p: Problem) -> Problem:
+    """Refuse tables on the CPU that name cells which are not there."""
+    read = None if p.read is p.table and p.r == p.l else p.read
+    write = None if p.write is p.table and p.m == p.l else p.write
+    check_cells("selective_scan", table=(p.table, p.l), read=(read, p.r), write=(write, p.m))
+    return p
+
+
+def _forward(p: Problem, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, last state, and what the backward needs: states inside the sequence, y before the gate."""
+    if p.u.numel() == 0:
+        y, last_state = p.u.new_zeros(p.y_shape), p.u.new_zeros(p.state_shape, dtype=p.compute_dtype)
+        return y, last_state, p.A.new_empty(0), p.A.new_empty(0)
+    return implementation("selective_scan", backend).forward(_checked(p), save)
+
+
+def _backward(
+    p: Problem, grad_y: Tensor, grad_last: Tensor, states: Tensor, ungated: Tensor, backend: str
+) -> tuple[Tensor | None, ...]:
+    """Gradients of OPERANDS, each contiguous and in its operand's shape and dtype; None where there is no operand."""
+    if p.u.numel() == 0:
+        return tuple(None if (x := getattr(p, name)) is None else _like(x).zero_() for name in OPERANDS)
+    return implementation("selective_scan", backend).backward(p, dense(grad_y), dense(grad_last), states, ungated)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *problem, backend = args
+        p = Problem(*problem)
+        y, last_state, states, ungated = _forward(p, True, backend)
+        ctx.save_for_backward(*problem[:12], states, ungated)
+        ctx.flags, ctx.backend = problem[12:], backend
+        return y, last_state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, states, ungated = ctx.saved_tensors
+        grads = _backward(Problem(*tensors, *ctx.flags), grad_y, grad_last, states, ungated, ctx.backend)
+        u, delta, A, B, C, D, z, delta_bias, initial_state = grads
+        return u, delta, A, B, C, D, z, delta_bias, None, None, None, initial_state, None, None, None, None
+
+
+_TENSORS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "Tensor? table, Tensor? read, Tensor? write, Tensor? initial_state, "
+    "bool delta_softplus, bool merge, bool revisits"
+)
+
+
+def _real(problem: list[Any]) -> Problem:
+    """The problem as it runs: strides that a compiler foresaw may differ from those that came."""
+    return Problem(*[dense(x) for x in problem[:12]], *problem[12:])
+
+
+@torch.library.custom_op(
+    "vssm::selective_scan",
+    mutates_args=(),
+    schema=f"({_TENSORS}, bool save, str backend, SymInt k) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _op(*args: Any) -> tuple[Tensor, ...]:
+    *problem, save, backend, _ = args
+    y, last_state, states, ungated = _forward(_real(problem), save, backend)
+    return y, last_state, states.flatten(), ungated
+
+
+@_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    *problem, save, backend, k = args
+    p = Problem(*problem)
+    empty = p.A.new_empty(0)
+    states, ungated = empty, empty
+    if save:
+        # Flat: the layout of a shape with a symbol that may be 1 would be a guard.
+        states = p.A.new_empty(prod(implementation("selective_scan", backend).saved_shape(p.b, k, p.t, p.d, p.n)))
+        ungated = empty if p.z is None else p.u.new_empty(p.y_shape)
+    return p.u.new_empty(p.y_shape), p.A.new_empty(p.state_shape), states, ungated
+
+
+@torch.library.custom_op(
+    "vssm::selective_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_y, Tensor grad_last, {_TENSORS}, Tensor states, Tensor ungated, str backend) -> Tensor[]",
+)
+def _backward_op(grad_y: Tensor, grad_last: Tensor, *args: Any) -> list[Tensor]:
+    *problem, states, ungated, backend = args
+    p = _real(problem)
+    if states.numel():
+        states = states.view(implementation("selective_scan", backend).saved_shape(p.b, p.k, p.t, p.d, p.n))
+    grads = _backward(p, grad_y, grad_last, states, ungated, backend)
+    return [g for g in grads if g is not None]
+
+
+@_backward_op.register_fake
+def _(grad_y: Tensor, grad_last: Tensor, *args: Any) -> list[Tensor]:
+    *problem, _, _, _ = args
+    p = Problem(*problem)
+    return [_like(x) for name in OPERANDS if (x := getattr(p, name)) is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *problem, _, backend, _ = inputs
+    ctx.save_for_backward(*problem[:12], *output[2:])
+    ctx.flags, ctx.backend = problem[12:], backend
+
+
+def _op_backward(ctx: Any, grad_y: Tensor, grad_last: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, states, ungated = ctx.saved_tensors
+    backward = torch.ops.vssm.selective_scan_backward
+    present = iter(backward(grad_y, grad_last, *tensors, *ctx.flags, states, ungated, ctx.backend))
+    u, delta, A, B, C, D, z, delta_bias, initial_state = (
+        None if x is None else next(present) for x in (*tensors[:8], tensors[11])
+    )
+    return u, delta, A, B, C, D, z, delta_bias, None, None, None, initial_state, *(None,) * 6
+
+
+_op.register_autograd(_op_backward, setup_context=_save)
