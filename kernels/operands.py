@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+class Facts(NamedTuple):
+    """What checks look at in a tensor: hashable, so that a check can be remembered."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
 def index_or_steps(op: str, name: str, value: Tensor | str | None, default: Tensor | None) -> Tensor | None:

@@ -219,7 +219,8 @@ _TENSORS = (
 
 def _real(problem: list[Any]) -> Problem:
     """The problem as it runs: strides that a compiler foresaw may differ from those that came."""
-    return Problem(*[dense(x) for x in problem[:12]], *problem[12:])
+    arguments: list[Any] = [*(dense(x) for x in problem[:12]), *problem[12:]]
+    return Problem(*arguments)
 
 
 @torch.library.custom_op(

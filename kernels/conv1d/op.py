@@ -1,0 +1,224 @@
+"""The public op: checks, dispatch, gradients.
+
+Eager calls go through ``autograd.Function``, a tenth of a custom op's cost; compilers see the custom op
+``vssm::causal_conv1d``. Both call :func:`_forward` and :func:`_backward`, which hand the problem to a backend.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vssm.kernels.backends import choose, implementation
+from vssm.kernels.checks import match
+from vssm.kernels.conv1d import reference
+from vssm.kernels.conv1d.problem import Problem
+from vssm.kernels.operands import Facts, check_cells, check_kinds, dense, index_or_steps
+
+OPERANDS = ("x", "weight", "bias", "initial_state")  # what has a gradient, in this order
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    table: Tensor | None = None,
+    write: Tensor | str | None = None,
+    initial_state: Tensor | None = None,
+    revisits: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Convolve every channel with its own taps along each row of ``table``, seeing only earlier steps.
+
+        y[o] += act(bias + sum_j weight[j] x[table[k, t - (w - 1) + j]]),    o = write[k, t]
+
+    Sizes: b batch, k rows (directions, heads, groups), l cells, d channels, w taps, t steps. ``x``, ``weight`` and
+    ``bias`` may come without their k axis: they are shared by the rows, never copied, and their gradients are sums over
+    them. Functional: published as ``causal_conv1d_fn`` in github.com/Dao-AILab/causal-conv1d (BSD-3-Clause), whose
+    signature is in :mod:`vssm.kernels.compat`.
+
+    Args:
+        x: Input by cell, (b, l, d) or (b, k, l, d), any float dtype.
+        weight: Taps, (d, w) or (k, d, w); the last one meets the current step.
+        bias: (d) or (k, d).
+        activation: None or ``"silu"``.
+        table: The cell of each step, integers, (k, t), or (b, k, t) if the order depends on the sample; None reads the
+            cells as they lie. A row may revisit cells or leave some out. Entry l is padding: x reads 0, y is dropped.
+        write: Where y is written: None for ``table``, ``"steps"`` to leave y in step order, or a table. What a row
+            writes to one cell adds up in step order; a cell that it never writes is 0.
+        initial_state: The w - 1 inputs before the first step, the latest one last, (b, k, d, w - 1); zero if None.
+        revisits: False promises that each row names a cell at most once, in every table given, which saves a GPU the
+            ordering of revisits; a broken promise loses contributions there. None or True promises nothing.
+        backend: One of ``available_backends("conv1d")``; by default the fastest for ``x.device``.
+
+    Returns:
+        y, (b, k, l, d), (b, l, d) where neither an operand nor a table has the k axis (t instead of l with
+        ``write="steps"``); and the last w - 1 inputs, (b, k, d, w - 1). Both have gradients and the dtype of ``x``.
+        Sums are float32, float64 if ``x`` is. Under autocast x is cast to its dtype, weight and bias are left alone.
+
+    Raises:
+        ValueError: If shapes or devices disagree, a table names a cell that is not there (found on the CPU only; a GPU
+            takes it for padding), or the backend cannot run on ``x.device``.
+
+    >>> x = torch.arange(4.0).view(1, 4, 1)                        # four cells, one channel: 0, 1, 2, 3
+    >>> y, _ = causal_conv1d(x, torch.ones(1, 2), table=torch.tensor([[3, 2, 1, 0]]), backend="reference")
+    >>> y.flatten().tolist()                                       # each cell and the one after it
+    [1.0, 3.0, 5.0, 3.0]
+    """
+    if activation not in (None, "silu"):
+        raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
+    write = index_or_steps("causal_conv1d", "write", write, table)
+    operands = (x, weight, bias, table, write, initial_state)
+    check = _check if torch.compiler.is_compiling() else _check_once  # compilers have symbols for sizes, unhashable
+    one_row = check(*(None if value is None else Facts(value.shape, value.dtype, value.device) for value in operands))
+
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = weight.to(compute)
+    bias = bias if bias is None else bias.to(compute)
+    initial_state = initial_state if initial_state is None else initial_state.to(x.dtype)
+
+    chosen = _chosen(x.device, x.dtype, backend)
+    tensors = [dense(operand) for operand in (x, weight, bias, table, write, initial_state)]
+    problem: list[Any] = [*tensors, activation == "silu", revisits is not False]
+    if chosen == "reference":
+        y, last_state = reference.causal_conv1d(_checked(Problem(*problem)))
+    elif torch.compiler.is_compiling():
+        y, last_state = torch.ops.vssm.causal_conv1d(*problem, chosen)
+    elif torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in tensors):
+        y, last_state = _CausalConv1d.apply(*problem, chosen)
+    else:
+        y, last_state = _forward(Problem(*problem), chosen)
+    return y.squeeze(1) if one_row else y, last_state
+
+
+def _check(x: Any, weight: Any, bias: Any, table: Any, write: Any, initial_state: Any) -> bool:
+    """Check the operands' Facts against each other; returns whether none has rows, so that y shall not either."""
+    who = "causal_conv1d"
+    sizes = match(who, x=(x, "b k? l d"))
+    sizes = match(who, sizes, table=(table, "b? k t"), write=(write, "b? k t"))
+    cells = sizes["l"]
+    steps = sizes.setdefault("t", cells)
+    if table is None and steps != cells:
+        raise ValueError(f"{who}: without a table there are as many steps as cells ({cells}), got {steps}")
+    sizes = match(who, sizes, weight=(weight, "k? d w"), bias=(bias, "k? d"))
+    one_row = "k" not in sizes
+    sizes.setdefault("k", 1)
+    empty = [axis for axis in "kltw" if sizes[axis] == 0]
+    if empty:
+        raise ValueError(f"{who}: there must be at least one row, cell, step and tap, got {empty[0]}=0")
+    match(who, sizes | {"w-1": sizes["w"] - 1}, initial_state=(initial_state, "b k d w-1"))
+    values = dict(x=x, weight=weight, bias=bias, initial_state=initial_state)
+    check_kinds(who, values, dict(table=table, write=write))
+    return one_row
+
+
+_check_once = lru_cache(maxsize=4096)(_check)  # a model calls with few shapes, again and again
+
+
+@torch.compiler.assume_constant_result
+def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    return choose("conv1d", device, dtype, backend)
+
+
+def _checked(p: Problem) -> Problem:
+    """Refuse tables on the CPU that name cells which are not there."""
+    same = p.write is p.table
+    check_cells("causal_conv1d", table=(p.table, p.l), write=(None if same else p.write, p.m))
+    return p
+
+
+def _forward(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """y (b, k, m, d) and the last inputs (b, k, d, w - 1), both contiguous and in the dtype of x."""
+    if p.x.numel() == 0:
+        return p.x.new_zeros(p.y_shape), p.x.new_zeros(p.state_shape)
+    return implementation("conv1d", backend).forward(_checked(p))
+
+
+def _backward(p: Problem, grad_y: Tensor, grad_last: Tensor, backend: str) -> tuple[Tensor | None, ...]:
+    """Gradients of OPERANDS, each contiguous and in its operand's shape and dtype; None where there is no operand."""
+    if p.x.numel() == 0:
+        return tuple(None if (x := getattr(p, name)) is None else _like(x).zero_() for name in OPERANDS)
+    return implementation("conv1d", backend).backward(p, dense(grad_y), dense(grad_last))
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+class _CausalConv1d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *problem, backend = args
+        ctx.save_for_backward(*problem[:6])
+        ctx.flags, ctx.backend = problem[6:], backend
+        return _forward(Problem(*problem), backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        p = Problem(*ctx.saved_tensors, *ctx.flags)
+        x, weight, bias, initial_state = _backward(p, grad_y, grad_last, ctx.backend)
+        return x, weight, bias, None, None, initial_state, None, None, None
+
+
+_PROBLEM = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? table, Tensor? write, Tensor? initial_state, "
+    "bool silu, bool revisits, str backend"
+)
+
+
+def _real(args: tuple[Any, ...]) -> Problem:
+    """The problem as it runs: strides that a compiler foresaw may differ from those that came."""
+    problem: list[Any] = [*(dense(x) for x in args[:6]), *args[6:8]]
+    return Problem(*problem)
+
+
+@torch.library.custom_op("vssm::causal_conv1d", mutates_args=(), schema=f"({_PROBLEM}) -> (Tensor, Tensor)")
+def _op(*args: Any) -> tuple[Tensor, Tensor]:
+    return _forward(_real(args), args[-1])
+
+
+@_op.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    *problem, _ = args
+    p = Problem(*problem)
+    return p.x.new_empty(p.y_shape), p.x.new_empty(p.state_shape)
+
+
+@torch.library.custom_op(
+    "vssm::causal_conv1d_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_y, Tensor grad_last, {_PROBLEM}) -> Tensor[]",
+)
+def _backward_op(grad_y: Tensor, grad_last: Tensor, *args: Any) -> list[Tensor]:
+    return [g for g in _backward(_real(args), grad_y, grad_last, args[-1]) if g is not None]
+
+
+@_backward_op.register_fake
+def _(grad_y: Tensor, grad_last: Tensor, *args: Any) -> list[Tensor]:
+    *problem, _ = args
+    p = Problem(*problem)
+    return [_like(x) for name in OPERANDS if (x := getattr(p, name)) is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *problem, backend = inputs
+    ctx.save_for_backward(*problem[:6])
+    ctx.flags, ctx.backend = problem[6:], backend
+
+
+def _op_backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    present = iter(torch.ops.vssm.causal_conv1d_backward(grad_y, grad_last, *tensors, *ctx.flags, ctx.backend))
+    x, weight, bias, initial_state = (None if x is None else next(present) for x in (*tensors[:3], tensors[5]))
+    return x, weight, bias, None, None, initial_state, None, None, None
+
+
+_op.register_autograd(_op_backward, setup_context=_save)
