@@ -11,7 +11,7 @@ tensor([[0, 1, 2, 3],
         [3, 1, 2, 0]], dtype=torch.int32)
 """
 
-from vssm.scans import curves, raster, skip, volume, window  # noqa: F401  (their orders register themselves)
+from vssm.scans import curves, local, raster, skip, volume, window  # noqa: F401  (their orders register themselves)
 from vssm.scans.apply import to_grid, to_sequences
 from vssm.scans.registry import Grid, list_scans, register_scan, scan_array, scan_shape, visits_once
 from vssm.scans.snake import snake_directions

@@ -19,6 +19,7 @@ OPTIONS = {
     "hilbert": [{"transpose": True}],
     "morton": [{"transpose": True}],
     "window": [{"window": 1}, {"window": 2}, {"window": 3, "column": True}],
+    "local": [{"directions": "v_flip w3"}, {"directions": "h"}, {"directions": "h v w7 w2_flip"}],
     "atrous": [{"step": 1}, {"step": 3}],
     "interslice": [{"slices": 1}],
 }
@@ -60,7 +61,7 @@ def test_every_option_of_an_order_is_tested(name):
 def test_the_orders_are_these():
     """A removal, or a name taken twice, is a decision."""
     both = ["bidirectional", "cross", "hilbert", "morton", "raster", "window"]
-    assert list_scans(2) == sorted([*both, "atrous", "bidi", "rot90", "snake", "unidi"])
+    assert list_scans(2) == sorted([*both, "atrous", "bidi", "local", "rot90", "snake", "unidi"])
     assert list_scans(3) == sorted([*both, "interslice"])
     assert list_scans() == sorted({*list_scans(2), *list_scans(3)})
 
@@ -105,6 +106,15 @@ def test_every_step_of_a_snake_goes_to_a_neighbour(grid):
     row, column = np.divmod(scan_array("snake", grid), grid[1])
     assert (np.abs(np.diff(row)) + np.abs(np.diff(column)) == 1).all()
     assert ((snake_directions(grid) > 0).sum(axis=1) == math.prod(grid) - 1).all()
+
+
+def test_local():
+    assert scan_array("local", (2, 3), directions="h v_flip").tolist() == [[0, 1, 2, 3, 4, 5], [5, 2, 4, 1, 3, 0]]
+    assert scan_array("local", (1, 3), directions="w2_flip v").tolist() == [
+        [3, 3, 3, 2, 3, 3, 1, 0], [0, 1, 2, 3, 3, 3, 3, 3],
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="a direction is h, v or w and a number, perhaps with _flip, got 'w0'"):
+        scan_array("local", (2, 2), directions="h w0")
 
 
 def test_windows():
