@@ -1,0 +1,97 @@
+"""The SSM's parameters, and the scan that they feed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tolerance import TOLERANCE, error
+
+from vssm.layers import ssm as module
+from vssm.layers.ssm import DT_MAX, DT_MIN, SelectiveSSM, decay, ssm_parameters
+from vssm.scans import scan_table
+
+
+def plain(ssm: SelectiveSSM, u, table, z=None):
+    """The recurrence of Mamba, step by step, with the module's parameters. u: (k, l, d), table: lists."""
+    total = 0
+    for k, row in enumerate(table.tolist()):
+        s = 0 if ssm.shared else k
+        h, y = 0, torch.zeros_like(u[k])
+        for cell in row:
+            dt, B, C = (ssm.x_proj[s] @ u[k, cell]).split(ssm.splits)
+            dt = torch.nn.functional.softplus(ssm.dt_weight[s] @ dt + ssm.dt_bias[s])
+            h = torch.exp(dt[:, None] * -ssm.A_log[k].exp()) * h + (dt * u[k, cell])[:, None] * B
+            y[cell] = h @ C + ssm.D[s] * u[k, cell]
+        total = total + y
+    return total if z is None else total * torch.nn.functional.silu(z)
+
+
+@pytest.mark.parametrize(("per_row", "shared"), [(False, False), (True, False), (False, True)])
+def test_is_the_recurrence_of_mamba_in_every_row(per_row, shared):
+    table = scan_table("cross", (3, 5))
+    ssm = SelectiveSSM(6, 4, d_state=3, dt_rank=2, per_row=per_row, shared=shared).double()
+    torch.nn.init.normal_(ssm.dt_bias)
+    torch.nn.init.normal_(ssm.D)
+    u = torch.randn(2, 4, 15, 6, dtype=torch.double) if per_row else torch.randn(2, 15, 6, dtype=torch.double)
+    z = torch.randn(2, 15, 6, dtype=torch.double)
+    rows = u if per_row else u[:, None].expand(-1, 4, -1, -1)
+    expected = torch.stack([plain(ssm, rows[b], table, z[b]) for b in range(2)])
+    assert error(ssm(u, table, z), expected) < TOLERANCE[torch.float64]
+
+
+def test_rows_choose_parameters():
+    """Two of four rows with a table of two."""
+    ssm = SelectiveSSM(6, 4, d_state=3, dt_rank=2).double()
+    u, table = torch.randn(2, 15, 6, dtype=torch.double), scan_table("cross", (3, 5))
+    halves = [ssm(u, table[half], rows=half) for half in (slice(0, 2), slice(2, 4))]
+    assert error(sum(halves), ssm(u, table)) < TOLERANCE[torch.float64]
+
+
+def test_starts_as_mamba_does():
+    ssm = SelectiveSSM(64, 2, d_state=16, dt_rank=4)
+    assert torch.allclose(-decay(ssm.A_log)[1, 3], torch.arange(1.0, 17.0), atol=1e-5)
+    assert (ssm.D == 1).all()
+    dt = torch.nn.functional.softplus(ssm.dt_bias)
+    assert DT_MIN * 0.99 <= dt.min() <= 2e-3
+    assert 5e-2 <= dt.max() <= DT_MAX * 1.01
+    assert ssm.dt_weight.abs().max() <= 4**-0.5
+    assert ssm.x_proj.abs().max() <= 1 / math.sqrt(64)
+
+
+@pytest.mark.parametrize("init", module.INITS)
+def test_every_start_is_finite_and_its_own(init):
+    ssm = SelectiveSSM(8, 2, d_state=4, dt_rank=2, init=init)
+    assert all(p.isfinite().all() for p in ssm.parameters())
+    expected = {"mamba": math.log(4), "uniform": 0.0}
+    if init in expected:
+        assert ssm.A_log[0, 0, -1].item() == pytest.approx(expected[init])
+
+
+def test_decay_is_computed_in_float32_for_half_precision_parameters():
+    assert decay(torch.zeros(3, dtype=torch.bfloat16)).dtype == torch.float32
+    assert decay(torch.zeros(3, dtype=torch.double)).dtype == torch.float64
+
+
+def test_keeps_its_parameters_in_float32_under_autocast():
+    ssm = SelectiveSSM(8, 2, d_state=4, dt_rank=2)
+    u, table = torch.randn(2, 15, 8), scan_table("bidirectional", (3, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ssm(u, table)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in ssm.parameters())
+    assert error(y, ssm(u, table)) < 3 * TOLERANCE[torch.bfloat16]      # the projections are bfloat16, too
+
+
+def test_names_the_parameters_that_mamba_does_not_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), SelectiveSSM(4, 1, 2, 1))
+    assert set(ssm_parameters(model)) == {"1.A_log", "1.D", "1.dt_bias"}
+    assert set(ssm_parameters(model, "D")) == {"1.D"}
+    assert set(ssm_parameters(model[1], "D")) == {"D"}
+
+
+def test_refuses_rows_of_their_own_with_shared_parameters():
+    with pytest.raises(ValueError, match="SelectiveSSM: rows with inputs of their own cannot share"):
+        SelectiveSSM(4, 2, 2, 1, per_row=True, shared=True)

@@ -1,0 +1,1 @@
+"""What two or more model families are built from."""

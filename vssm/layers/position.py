@@ -1,0 +1,104 @@
+"""Where a token is: learned tables resized to other grids, class tokens among patches, rotary embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import apply_rot_embed
+from torch import Tensor, nn
+
+CLASS_TOKENS = {None: 0, "first": 1, "middle": 1, "ends": 2}  # how many there are, by where they lie
+ROTARY_GRID = 14  # cells a side of the grid that rotary positions are measured on
+
+
+def insert_class_tokens(patches: Tensor, tokens: Tensor, where: str) -> Tensor:
+    """Put class tokens (b, n, c) among patches (b, l, c): first, in the middle, or one at each end.
+
+    >>> insert_class_tokens(torch.arange(5).view(1, 5, 1), torch.full((1, 1, 1), 9), "middle").flatten().tolist()
+    [0, 1, 9, 2, 3, 4]
+    """
+    if where == "ends":
+        return torch.cat([tokens[:, :1], patches, tokens[:, 1:]], 1)
+    p = patches.shape[1] // 2 if where == "middle" else 0
+    return torch.cat([patches[:, :p], tokens, patches[:, p:]], 1)
+
+
+def split_class_tokens(x: Tensor, where: str | None) -> tuple[Tensor, Tensor]:
+    """Patches and class tokens of a sequence. Undoes ``insert_class_tokens``.
+
+    >>> x = torch.tensor([0, 1, 9, 2, 3, 4]).view(1, 6, 1)
+    >>> [part.flatten().tolist() for part in split_class_tokens(x, "middle")]
+    [[0, 1, 2, 3, 4], [9]]
+    """
+    if where is None:
+        return x, x[:, :0]
+    if where == "ends":
+        return x[:, 1:-1], torch.cat([x[:, :1], x[:, -1:]], 1)
+    p = (x.shape[1] - 1) // 2 if where == "middle" else 0
+    return torch.cat([x[:, :p], x[:, p + 1 :]], 1), x[:, p : p + 1]
+
+
+def resize_map(table: Tensor, grid: Sequence[int]) -> Tensor:
+    """Resize a table of positions (1, C, H, W) to another grid, bicubic, as the published models do."""
+    wide = table if table.dtype == torch.float64 else table.float()
+    return nn.functional.interpolate(wide, tuple(grid), mode="bicubic", align_corners=False).to(table.dtype)
+
+
+def resize_tokens(
+    table: Tensor, grid: Sequence[int], new_grid: Sequence[int], where: str | None, class_row: str = "own"
+) -> Tensor:
+    """Resize a table of positions (1, L, C), class tokens included, from one grid of patches to another.
+
+    Args:
+        table: One row a token, in the order of the sequence.
+        grid, new_grid: Sizes of the grids of patches.
+        where: Where class tokens lie: None, ``"first"``, ``"middle"`` or ``"ends"``.
+        class_row: ``"own"`` takes the rows of the class tokens out first. ``"first"`` takes the first rows for theirs
+            wherever they lie, as Vim's published loaders do: patches before the middle then move by one.
+    """
+    if not torch.compiler.is_compiling() and tuple(grid) == tuple(new_grid):  # a traced comparison would fix the size
+        return table
+    first = class_row == "first" and where is not None
+    count = CLASS_TOKENS[where]
+    patches, tokens = (table[:, count:], table[:, :count]) if first else split_class_tokens(table, where)
+    patches = patches.transpose(1, 2).unflatten(2, tuple(grid))
+    patches = resize_map(patches, new_grid).flatten(2).transpose(1, 2)
+    if first:
+        return torch.cat([tokens, patches], 1)
+    return patches if where is None else insert_class_tokens(patches, tokens, where)
+
+
+class Rotary(nn.Module):
+    """Turn pairs of channels by the position of their cell (axial 2D rotary embedding). (B, L, C) in and out.
+
+    The first half of the channels turns with the row, the second with the column. ``skip`` tokens at the start of the
+    sequence are left as they are.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, dim: int, grid: Sequence[int], skip: int = 0):
+        super().__init__()
+        if dim % 4:
+            raise ValueError(f"Rotary: dim must be a multiple of 4, got {dim}")
+        self.dim, self.skip = dim, skip
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self.set_grid(grid)
+
+    def set_grid(self, grid: Sequence[int]) -> None:
+        """Compute the table (L, C) of this grid. In float32, as the published buffers."""
+        half = self.dim // 2
+        frequency = 1.0 / 10000 ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
+        rows, columns = ((torch.arange(n, dtype=torch.float32) / n * ROTARY_GRID)[:, None] * frequency for n in grid)
+        rows, columns = rows.repeat_interleave(2, -1), columns.repeat_interleave(2, -1)  # (h, c/2), (w, c/2)
+        h, w = grid
+        angle = torch.cat([rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)], -1).flatten(0, 1)
+        self.cos, self.sin = angle.cos().to(self.cos), angle.sin().to(self.sin)
+
+    def forward(self, x: Tensor) -> Tensor:
+        still, x = x[:, : self.skip], x[:, self.skip :]
+        turned = apply_rot_embed(x, self.sin, self.cos)
+        return torch.cat([still, turned], 1) if self.skip else turned

@@ -1,0 +1,150 @@
+"""The parameters of a selective SSM: their shapes, their initialisation, and the scan that they feed.
+
+Every row of a scan table (direction, head, group) has its own; the first axis of each parameter counts rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+
+from vssm.kernels import selective_scan
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+class SelectiveSSM(nn.Module):
+    """Projections to dt, B and C, and the scan along a table, rows summed. (b, l, d) or (b, k, l, d) to (b, l, d).
+
+    The recurrence is that of Mamba (arXiv:2312.00752, Algorithm 2); see ``vssm.kernels.selective_scan``.
+
+    Args:
+        dim: Channels d of the scan.
+        rows: Rows k of the table.
+        d_state: States n of each channel.
+        dt_rank: Rank of the projection that makes the step sizes.
+        per_row: The input has its own values in each row, (b, k, l, d).
+        shared: All rows have one set of parameters, except the decay A.
+        init: One of INITS.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rows: int,
+        d_state: int,
+        dt_rank: int,
+        *,
+        per_row: bool = False,
+        shared: bool = False,
+        init: str = "mamba",
+    ):
+        super().__init__()
+        if per_row and shared:
+            raise ValueError("SelectiveSSM: rows with inputs of their own cannot share parameters; choose one")
+        sets = 1 if shared else rows
+        self.splits = (dt_rank, d_state, d_state)
+        self.per_row, self.shared, self.init = per_row, shared, init
+        self.x_proj = nn.Parameter(torch.empty(sets, sum(self.splits), dim))
+        self.dt_weight = nn.Parameter(torch.empty(sets, dim, dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(sets, dim))
+        self.A_log = nn.Parameter(torch.empty(rows, dim, d_state))
+        self.D = nn.Parameter(torch.empty(sets, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.x_proj, -(self.x_proj.shape[-1] ** -0.5), self.x_proj.shape[-1] ** -0.5)
+        nn.init.ones_(self.D)
+        INITS[self.init](self)
+
+    def forward(
+        self,
+        u: Tensor,
+        table: Tensor,
+        z: Tensor | None = None,
+        *,
+        rows: slice = slice(None),
+        write: str | None = None,
+        merge: str | None = "sum",
+        revisits: bool | None = None,
+    ) -> Tensor:
+        """Scan ``u`` along ``table``, gate with silu(z), and sum; ``rows`` are those whose parameters are used.
+
+        ``merge=None`` keeps the rows apart, (b, k, l, d).
+        """
+        delta, B, C = self.project(u, rows)
+        D, dt_bias = self.D[rows], self.dt_bias[rows]
+        if self.shared:
+            delta, B, C, D, dt_bias = delta[:, 0], B[:, 0], C[:, 0], D[0], dt_bias[0]
+        y, _ = selective_scan(
+            u, delta, decay(self.A_log[rows]), B, C, D, z, dt_bias,
+            delta_softplus=True, table=table, write=write, merge=merge, revisits=revisits,
+        )  # fmt: skip
+        return y
+
+    def project(self, u: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """What the scan reads beside ``u``: raw step sizes (b, k, l, d), B and C (b, k, l, n)."""
+        x_proj, dt_weight = self.x_proj[rows], self.dt_weight[rows]
+        if self.per_row:
+            dt, B, C = (u @ x_proj.mT).split(self.splits, -1)  # each (b, k, l, ·)
+            return dt @ dt_weight.mT, B, C
+        low = nn.functional.linear(u, x_proj.flatten(0, 1)).unflatten(-1, (-1, sum(self.splits)))
+        dt, B, C = low.transpose(1, 2).split(self.splits, -1)  # each (b, k, l, ·), a view
+        return torch.einsum("bklr,kdr->bkld", dt, dt_weight), B, C
+
+    def extra_repr(self) -> str:
+        rows, dim, d_state = self.A_log.shape
+        return f"{dim}, rows={rows}, d_state={d_state}, dt_rank={self.splits[0]}"
+
+
+@register_notrace_function
+def decay(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in float32 or wider: the decay of one step is close to 1, where half precision is coarse."""
+    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
+
+
+def dt_bias_(bias: Tensor) -> Tensor:
+    """Fill with the values whose softplus is log-uniform in [DT_MIN, DT_MAX], as Mamba's authors do."""
+    with torch.no_grad():
+        dt = torch.exp(torch.empty_like(bias).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
+        return bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def _mamba(ssm: SelectiveSSM) -> None:
+    """S4D-real decay, steps between DT_MIN and DT_MAX."""
+    states = torch.arange(1, ssm.A_log.shape[-1] + 1, dtype=torch.float32, device=ssm.A_log.device)
+    with torch.no_grad():
+        ssm.A_log.copy_(states.log().expand_as(ssm.A_log))
+    bound = ssm.dt_weight.shape[-1] ** -0.5
+    nn.init.uniform_(ssm.dt_weight, -bound, bound)
+    dt_bias_(ssm.dt_bias)
+
+
+def _normal(ssm: SelectiveSSM) -> None:
+    nn.init.normal_(ssm.A_log)
+    nn.init.normal_(ssm.dt_weight, std=0.1)
+    nn.init.normal_(ssm.dt_bias, std=0.1)
+
+
+def _uniform(ssm: SelectiveSSM) -> None:
+    nn.init.zeros_(ssm.A_log)
+    nn.init.uniform_(ssm.dt_weight, 0, 0.1)
+    nn.init.uniform_(ssm.dt_bias, 0, 0.1)
+
+
+INITS = {"mamba": _mamba, "normal": _normal, "uniform": _uniform}
+
+
+def ssm_parameters(model: nn.Module, *names: str) -> Iterator[str]:
+    """Full names of these parameters of every SSM in ``model``; of A_log, D and dt_bias if none is named.
+
+    For recipes that decay no SSM parameter, as Mamba's authors advise; a model's own ``no_weight_decay()`` follows the
+    recipe that its weights were trained with.
+    """
+    for prefix, module in model.named_modules():
+        if isinstance(module, SelectiveSSM):
+            yield from (f"{prefix}.{name}".lstrip(".") for name in names or ("A_log", "D", "dt_bias"))

@@ -1,0 +1,508 @@
+"""Vim: Vision Mamba, an isotropic bidirectional Mamba (Zhu et al., ICML 2024, arXiv:2401.09417).
+
+Patches and a class token in their middle, blocks of norm and mixer with no MLP, a linear classifier on the class token.
+Published code and weights: github.com/hustvl/Vim (Apache-2.0, both). Same function; other key names, see KEYS.
+
+``*_stride8`` are the published "+" models: the same patches, overlapping by half.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from timm.layers import (
+    DropPath,
+    LayerNorm,
+    LayerScale,
+    RmsNorm,
+    calculate_drop_path_rates,
+    lecun_normal_,
+    to_2tuple,
+)
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from vssm.layers.layout import to_map, to_tokens
+from vssm.layers.mixer import ScanMixer
+from vssm.layers.patch import PatchEmbed
+from vssm.layers.position import CLASS_TOKENS, Rotary, insert_class_tokens, resize_tokens, split_class_tokens
+from vssm.layers.ssm import ssm_parameters
+from vssm.models.base import Isotropic, adapted, linear_head
+from vssm.models.keys import Rule, drop, rename, reshape, stack
+from vssm.models.variant import NotCovered, Published, Variant, Weights
+
+REPOSITORY = "hustvl/Vim"
+EPS = 1e-5
+torch.fx.wrap("resize_tokens")
+NORMS = {"rms": RmsNorm, "layer": LayerNorm}
+POOLS = ("token", "avg", "last", "logit_max", "")
+
+
+class VimBlock(nn.Module):
+    """Norm, mix, add. (B, L, C) tokens in and out; ``grid`` is that of the patches.
+
+    With rotary embedding, ``turn_in`` turns the stream before the block, ``turn_out`` what the block adds.
+    """
+
+    def __init__(
+        self,
+        mixer: nn.Module,
+        norm: nn.Module,
+        layer_scale: nn.Module,
+        drop_path: float = 0.0,
+        turn_in: nn.Module | None = None,
+        turn_out: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.norm, self.mixer, self.layer_scale = norm, mixer, layer_scale
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.turn_in, self.turn_out = turn_in or nn.Identity(), turn_out or nn.Identity()
+
+    def branch(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """What the block adds to the stream."""
+        return self.layer_scale(self.mixer(self.norm(x), grid))
+
+    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        x = self.turn_in(x)
+        return x + self.turn_out(self.drop_path(self.branch(x, grid)))
+
+
+class Vim(Isotropic):
+    """Vim classifier. The defaults are ``vim_tiny``.
+
+    Args:
+        img_size: Size of the images, one number or (H, W); the position table is of that size.
+        in_chans, num_classes, drop_rate, drop_path_rate: As in timm.
+        global_pool: ``"token"``: the class token, or the mean of two; ``"avg"``: mean of the patches; ``"last"``: the
+            last token; ``"logit_max"``: maximum of all tokens' logits; ``""``: none, the head sees every token.
+        patch_size, stride: Of the patches, in pixels; they touch if ``stride`` is None.
+        embed_dim, depth: Channels and blocks.
+        d_state, expand, scan, scan_options: Of the mixers, see ``ScanMixer``.
+        merge: ``"mean"`` or ``"sum"`` of the directions.
+        shared: The directions share all parameters but their decay.
+        class_token: Where it lies among the patches: ``"middle"``, ``"first"``, ``"ends"`` (two) or None.
+        pos_embed: Learn a table of positions.
+        rope: Rotary embedding before each block, of the whole ``"stream"`` or only of what the last ``"block"`` added.
+        norm: ``"rms"`` or ``"layer"``.
+        layer_scale: Initial factor of what a block adds, learned by channel; None for no factor.
+        dynamic_img_size: Take images of any size, resizing the position table in every forward pass.
+        class_row: How tables are resized, see ``resize_tokens``: ``"own"`` is right, ``"first"`` as published.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        *,
+        patch_size: int = 16,
+        stride: int | None = None,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        expand: float = 2.0,
+        scan: str = "bidirectional",
+        scan_options: Mapping[str, Any] | None = None,
+        merge: str = "mean",
+        shared: bool = False,
+        class_token: str | None = "middle",
+        pos_embed: bool = True,
+        rope: str | None = None,
+        norm: str = "rms",
+        layer_scale: float | None = None,
+        dynamic_img_size: bool = False,
+        class_row: str = "own",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        _check_options(global_pool, class_token, rope, dynamic_img_size)
+        _check_part("norm", norm, NORMS)
+        _check_part("class_row", class_row, ("own", "first"))
+        self.img_size: tuple[int, int] = to_2tuple(img_size)
+        self.class_token, self.class_row, self.dynamic_img_size = class_token, class_row, dynamic_img_size
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, stride)
+        self.grid = self.patch_embed.grid(*self.img_size)
+        if min(self.grid) < 1:
+            raise ValueError(f"Vim: images must be at least one patch ({patch_size}) each way, got {self.img_size}")
+        extra = CLASS_TOKENS[class_token]
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if extra else None
+        self.cls_token_tail = nn.Parameter(torch.empty(1, 1, embed_dim)) if extra == 2 else None
+        length = math.prod(self.grid) + extra
+        self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim)) if pos_embed else None
+        self.rope = Rotary(embed_dim, self.grid, skip=extra) if rope else None
+
+        self.blocks = nn.ModuleList()
+        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+            mixer = ScanMixer(
+                embed_dim, scan=scan, scan_options=scan_options, expand=expand, d_state=d_state,
+                conv="sequence", conv_size=4, merge=merge, class_token=class_token, shared=shared,
+            )  # fmt: skip
+            scale = nn.Identity() if layer_scale is None else LayerScale(embed_dim, layer_scale)
+            turns = {"stream": (True, False), "block": (i == 0, i < depth - 1), None: (False, False)}[rope]
+            turn_in, turn_out = (self.rope if turn else None for turn in turns)
+            self.blocks.append(VimBlock(mixer, NORMS[norm](embed_dim, eps=EPS), scale, rate, turn_in, turn_out))
+        self.norm = NORMS[norm](embed_dim, eps=EPS)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = linear_head(embed_dim, num_classes)
+        self.describe(embed_dim, self.patch_embed.stride, num_classes, global_pool)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        lecun_normal_(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for table in (self.pos_embed, self.cls_token, self.cls_token_tail):
+            if table is not None:
+                nn.init.trunc_normal_(table, std=0.02)
+        for block in self.blocks:
+            mixer = block.mixer
+            nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
+            with torch.no_grad():
+                mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
+                if mixer.scan == "bidirectional" and not mixer.ssm.shared:
+                    mixer.ssm.dt_bias[1].zero_()  # As published: the general rule for biases resets the backward one.
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Sequence[int]]:
+        if not self.dynamic_img_size:
+            check_size(x.shape, self.img_size)
+        x = self.patch_embed(x)
+        grid = x.shape[2:]
+        x = to_tokens(x)
+        if self.class_token is not None:
+            tokens = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.cls_token_tail) if t is not None]
+            x = insert_class_tokens(x, torch.cat(tokens, 1), self.class_token)
+        if self.pos_embed is not None:
+            table: Tensor = self.pos_embed
+            if self.dynamic_img_size:
+                table = resize_tokens(table, self.grid, grid, self.class_token, self.class_row)
+            x = x + table
+        return x, grid
+
+    def patches(self, x: Tensor) -> Tensor:
+        return split_class_tokens(x, self.class_token)[0]
+
+    def class_tokens(self, x: Tensor) -> Tensor:
+        return split_class_tokens(x, self.class_token)[1]
+
+    def pool(self, x: Tensor) -> Tensor:
+        if self.global_pool == "token":
+            tokens = self.class_tokens(x)
+            return tokens.mean(1) if self.class_token == "ends" else tokens[:, 0]
+        if self.global_pool == "avg":
+            return self.patches(x).mean(1)
+        return x[:, -1] if self.global_pool == "last" else x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = super().forward_head(x, pre_logits)
+        return x.amax(1) if self.global_pool == "logit_max" and not pre_logits else x
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool is not None:
+            _check_options(global_pool, self.class_token)
+        super().reset_classifier(num_classes, global_pool)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Change the size of the images; the position table is resized."""
+        self.img_size = to_2tuple(img_size)
+        old, self.grid = self.grid, self.patch_embed.grid(*self.img_size)
+        if self.pos_embed is not None:
+            with torch.no_grad():
+                table = resize_tokens(self.pos_embed, old, self.grid, self.class_token, self.class_row)
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        if self.rope is not None:
+            self.rope.set_grid(self.grid)
+
+    def remove_class_token(self) -> None:
+        """Go on with the patches alone, as dense prediction does; the classifier then sees their mean."""
+        if self.pos_embed is not None:
+            count = CLASS_TOKENS[self.class_token]
+            own = split_class_tokens(self.pos_embed, self.class_token)[0]
+            table = own if self.class_row == "own" else self.pos_embed[:, count:]
+            self.pos_embed = nn.Parameter(table.detach().clone(), requires_grad=self.pos_embed.requires_grad)
+        self.class_token = self.cls_token = self.cls_token_tail = None
+        self.global_pool = "avg" if self.global_pool == "token" else self.global_pool
+        for block in self.blocks:
+            block.mixer.class_token = None
+        if self.rope is not None:
+            self.rope.skip = 0
+
+    def adapt_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict whose position table has this model's size, resized from that of square images.
+
+        Raises:
+            ValueError: If the table is not that of square images.
+        """
+        if self.pos_embed is None:
+            return dict(state)
+        return adapted(state, "pos_embed", self._resized)
+
+    def _resized(self, table: Tensor) -> Tensor:
+        if table.shape == self.pos_embed.shape:
+            return table
+        count = table.shape[1] - CLASS_TOKENS[self.class_token]
+        side = math.isqrt(count)
+        if side * side != count:
+            raise ValueError(
+                f"Vim.adapt_state: the position table must be that of square images, got {count} patches; "
+                "load it into a model of its own img_size, then call set_input_size"
+            )
+        return resize_tokens(table, (side, side), self.grid, self.class_token, self.class_row)
+
+    def no_weight_decay(self) -> set[str]:
+        """Biases and norms aside (timm knows them). As published: A_log is decayed."""
+        tables = {"pos_embed", "cls_token", "cls_token_tail"} & {name for name, _ in self.named_parameters()}
+        return {*tables, *ssm_parameters(self, "D", "dt_bias")}
+
+
+@torch.fx.wrap
+def check_size(shape: Sequence[int], img_size: tuple[int, int]) -> None:
+    """Refuse images of another size than the model's."""
+    height, width = shape[-2:]
+    if (height, width) != img_size:
+        raise ValueError(
+            f"Vim: images must be {img_size[0]} x {img_size[1]}, got {height} x {width}; create the model with "
+            f"img_size=({height}, {width}) or dynamic_img_size=True, or call set_input_size"
+        )
+
+
+def _check_options(
+    global_pool: str, class_token: str | None, rope: str | None = None, dynamic_img_size: bool = False
+) -> None:
+    _check_part("class_token", class_token, CLASS_TOKENS)
+    _check_part("global_pool", global_pool, POOLS)
+    _check_part("rope", rope, ("stream", "block", None))
+    if global_pool == "token" and class_token is None:
+        raise ValueError("Vim: global_pool='token' needs a class token; pass global_pool='avg' or class_token='middle'")
+    if rope and class_token == "ends":
+        raise ValueError("Vim: rope turns patches behind at most one class token, got class_token='ends'")
+    if rope and dynamic_img_size:
+        raise ValueError("Vim: rope has a table of one size; drop dynamic_img_size and call set_input_size")
+
+
+def _check_part(name: str, value: str | None, parts: Iterable[str | None]) -> None:
+    if value not in parts:
+        raise ValueError(f"Vim: {name} must be one of {', '.join(map(repr, parts))}, got {value!r}")
+
+
+class VimBackbone(nn.Module):
+    """Four maps of strides 4, 8, 16, 32 for detection and segmentation, from four depths of one stride.
+
+    Args:
+        trunk: A model of stride 16 or 8. It loses its class token and its classifier.
+        out_indices: Blocks whose features become the four maps; a single one becomes all of them.
+        features: What is taken at a block: ``"branch"``, what it adds, or ``"stream"``, the sum so far.
+        last: The last block's feature with ``features="stream"``: ``"branch"``, ``"stream"``, or ``"norm"``: the
+            normalised stream.
+    """
+
+    def __init__(
+        self, trunk: Vim, out_indices: Sequence[int] = (5, 11, 17, 23), features: str = "branch", last: str = "branch"
+    ):
+        super().__init__()
+        if len(out_indices) not in (1, 4):
+            raise ValueError(f"VimBackbone: out_indices must name one block or four, got {tuple(out_indices)}")
+        trunk.remove_class_token()
+        trunk.reset_classifier(0, "")
+        self.out_indices, self.features, self.last = tuple(out_indices), features, last
+        if features == "branch" or last != "norm":
+            trunk.norm = nn.Identity()
+        self.trunk = trunk
+        self.pyramid = nn.ModuleList(_pyramid(trunk.embed_dim, trunk.patch_embed.stride))
+        self.feature_info = [
+            {"num_chs": trunk.embed_dim, "reduction": 4 * 2**i, "module": f"pyramid.{i}"} for i in range(4)
+        ]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x, grid = self.trunk.embed(x)
+        blocks, maps = self.trunk.blocks[: max(self.out_indices) + 1], []
+        for i, block in enumerate(blocks):
+            x = block.turn_in(x)
+            branch = checkpoint(block.branch, x, grid) if self.trunk.grad_checkpointing else block.branch(x, grid)
+            x = x + block.turn_out(block.drop_path(branch))
+            if i in self.out_indices:
+                maps.append(to_map(self.feature(i, branch, x), grid))
+        maps = maps * 4 if len(maps) == 1 else maps
+        return [level(x) for level, x in zip(self.pyramid, maps, strict=True)]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.trunk.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
+
+    def feature(self, i: int, branch: Tensor, x: Tensor) -> Tensor:
+        """Feature of block i, which added ``branch`` to the stream and left ``x``."""
+        if self.features == "branch":
+            return branch
+        if i < len(self.trunk.blocks) - 1:
+            return self.trunk.blocks[i + 1].turn_in(x)  # As published: as the next block reads it.
+        return branch if self.last == "branch" else self.trunk.norm(x)
+
+
+def _pyramid(dim: int, stride: int) -> list[nn.Module]:
+    def double() -> nn.Module:
+        return nn.ConvTranspose2d(dim, dim, 2, stride=2)
+
+    if stride == 16:
+        quadruple = nn.Sequential(double(), nn.BatchNorm2d(dim), nn.GELU(), double())
+        return [quadruple, nn.Sequential(double()), nn.Identity(), nn.MaxPool2d(2)]
+    if stride == 8:
+        return [nn.Sequential(double()), nn.Identity(), nn.MaxPool2d(2), nn.MaxPool2d(4)]
+    raise ValueError(f"VimBackbone: the trunk's stride must be 16 or 8, got {stride}")
+
+
+def keys(directions: str = "v2") -> list[Rule]:
+    """Key rules; ``directions`` is the published bimamba_type: "v2", "v1" (two decays, else shared) or "none"."""
+
+    def joined(ours: str, *published: str) -> Rule:
+        return stack(published if directions == "v2" else published[:1], ours)
+
+    return [
+        stack(("A_log",) if directions == "none" else ("A_log", "A_b_log"), "ssm.A_log"),
+        joined("ssm.D", "D", "D_b"),
+        joined("ssm.x_proj", "x_proj.weight", "x_proj_b.weight"),
+        joined("ssm.dt_weight", "dt_proj.weight", "dt_proj_b.weight"),
+        joined("ssm.dt_bias", "dt_proj.bias", "dt_proj_b.bias"),
+        joined("sequence_conv.weight", "conv1d.weight", "conv1d_b.weight"),
+        joined("sequence_conv.bias", "conv1d.bias", "conv1d_b.bias"),
+        reshape(r"\.sequence_conv\.weight$", "k d 1 w -> k d w"),
+        rename(r"^layers\.(\d+)\.", r"blocks.\1."),
+        rename(r"\.mixer\.gamma$", r".layer_scale.gamma"),
+        rename(r"^norm_f\.", r"norm."),
+        drop(r"^rope\.freqs_(cos|sin)$"),
+    ]
+
+
+KEYS = keys()
+
+
+def _weights(size: str, file: str, top1: float, top5: float, notes: str = "") -> dict[str, Weights]:
+    hub = f"{REPOSITORY}-{size}-midclstok"
+    return {
+        "in1k": Weights(
+            "apache-2.0", f"https://github.com/{REPOSITORY}", "arXiv:2401.09417",
+            hf_hub_id=hub, hf_hub_filename=file, top1=top1, top5=top5, notes=notes,
+        )
+    }  # fmt: skip
+
+
+def _variant(name: str, weights: Mapping[str, Weights] | None = None, description: str = "", **kwargs: Any) -> Variant:
+    return Variant(name, Vim, kwargs, KEYS, weights or {}, fixed_input_size=True, description=description)
+
+
+EMA = "81.9 may be that of the EMA weights, entry model_ema"
+VARIANTS = [
+    _variant("vim_tiny", _weights("tiny", "vim_t_midclstok_76p1acc.pth", 76.1, 93.0), embed_dim=192),
+    _variant("vim_small", _weights("small", "vim_s_midclstok_80p5acc.pth", 80.5, 95.1),
+             embed_dim=384, drop_path_rate=0.05),
+    _variant("vim_base", _weights("base", "vim_b_midclstok_81p9acc.pth", 81.9, 95.8, EMA), embed_dim=768),
+    _variant("vim_tiny_stride8", _weights("tiny", "vim_t_midclstok_ft_78p3acc.pth", 78.3, 94.2),
+             "published as Vim-tiny+", embed_dim=192, stride=8),
+    _variant("vim_small_stride8", _weights("small", "vim_s_midclstok_ft_81p6acc.pth", 81.6, 95.4),
+             "published as Vim-small+", embed_dim=384, stride=8),
+    _variant("vim_nano", None, "not published: small images, demos",
+             img_size=32, patch_size=4, embed_dim=96, depth=8),
+    _variant("test_vim", None, "for tests", img_size=32, patch_size=8, embed_dim=16, depth=3),
+]  # fmt: skip
+
+# Published arguments with the values they have where they are not given, as far as the sheet says.
+DEFAULTS = {
+    "img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "embed_dim": 192, "d_state": 16, "channels": 3,
+    "num_classes": 1000, "rms_norm": True, "norm_epsilon": EPS, "final_pool_type": "none", "if_abs_pos_embed": True,
+    "if_rope": False, "if_rope_residual": False, "bimamba_type": "v2", "if_cls_token": True, "if_divide_out": True,
+    "use_middle_cls_token": True, "use_double_cls_token": False, "init_layer_scale": None,
+}  # fmt: skip
+UNCHANGED = {"ssm_cfg": None, "if_bidirectional": False, "if_bimamba": False, "flip_img_sequences_ratio": -1.0}
+ELSEWHERE = {  # change no output: training, precision, fused or not
+    "drop_rate", "drop_path_rate", "fused_add_norm", "residual_in_fp32", "pretrained", "pt_hw_seq_len", "ft_seq_len",
+}  # fmt: skip
+FINAL_POOLS = {"none": "last", "mean": "avg", "max": "logit_max", "all": ""}
+DIRECTIONS: dict[str, dict[str, Any]] = {
+    "v2": {"scan": "bidirectional"},
+    "v1": {"scan": "bidirectional", "shared": True, "merge": "sum"},
+    "none": {"scan": "raster", "merge": "sum"},
+}
+
+
+def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``Vim`` for those of the published ``VisionMamba``."""
+    given = {"if_divide_out" if key == "if_devide_out" else key: value for key, value in kwargs.items()}
+    for key, value in UNCHANGED.items():
+        if given.pop(key, value) not in (value, None, 0):
+            raise NotCovered(f"{key}={kwargs[key]!r}")
+    unknown = sorted(given.keys() - DEFAULTS.keys() - ELSEWHERE)
+    if unknown:
+        raise NotCovered(f"arguments {', '.join(unknown)}")
+    given = DEFAULTS | given
+    if given["bimamba_type"] not in DIRECTIONS or given["final_pool_type"] not in FINAL_POOLS:
+        raise NotCovered(f"bimamba_type={given['bimamba_type']!r}, final_pool_type={given['final_pool_type']!r}")
+    if given["norm_epsilon"] != EPS:
+        raise NotCovered(f"norm_epsilon={given['norm_epsilon']}")
+    if given["if_rope"] and given["if_cls_token"] and given["use_double_cls_token"]:
+        raise NotCovered("if_rope with two class tokens fails in the published code")
+    where = "ends" if given["use_double_cls_token"] else "middle" if given["use_middle_cls_token"] else "first"
+    where = where if given["if_cls_token"] else None
+    same = ("img_size", "num_classes", "patch_size", "stride", "embed_dim", "depth", "d_state")
+    return {
+        **{key: given[key] for key in same},
+        "in_chans": given["channels"],
+        "global_pool": "token" if where else FINAL_POOLS[given["final_pool_type"]],
+        "merge": "mean" if given["if_divide_out"] else "sum",
+        "class_token": where,
+        "pos_embed": given["if_abs_pos_embed"],
+        "rope": ("stream" if given["if_rope_residual"] else "block") if given["if_rope"] else None,
+        "norm": "rms" if given["rms_norm"] else "layer",
+        "layer_scale": given["init_layer_scale"],
+        **DIRECTIONS[given["bimamba_type"]],
+    }
+
+
+def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
+    """A factory or ``VisionMamba`` of the published classification code, or ``VisionMambaSeg``, as our model."""
+    name = entry.partition(":")[2]
+    if name == "VisionMambaSeg":
+        return _published_backbone(kwargs)
+    if not (name == "VisionMamba" or name.startswith("vim_")):
+        raise NotCovered(f"entry {entry!r} is no model of this family")
+    ours = translate(kwargs)
+    rules = keys(kwargs.get("bimamba_type", "v2"))
+    if ours["class_token"] == "ends":
+        rules = [*rules, rename(r"^cls_token_head$", "cls_token")]
+    return Published(Vim(**ours), rules, _run_classifier)
+
+
+def _published_backbone(kwargs: Mapping[str, Any]) -> Published:
+    given = dict(kwargs)
+    own = {
+        key: given.pop(key) for key in ("out_indices", "use_residual_as_feature", "last_layer_process") if key in given
+    }
+    # As published: this class passes its arguments on by position, one place off.
+    shifted = {"d_state": given.pop("in_chans", 16), "channels": given.pop("num_classes", 3)}
+    given |= {**shifted, "final_pool_type": "mean"}
+    features = "stream" if own.get("use_residual_as_feature", False) else "branch"
+    last = {"none": "branch", "add": "stream", "add & norm": "norm"}[own.get("last_layer_process", "none")]
+    model = VimBackbone(Vim(**translate(given)), own.get("out_indices", (5, 11, 17, 23)), features, last)
+    rules = [
+        *keys(kwargs.get("bimamba_type", "v2")),
+        *([] if isinstance(model.trunk.norm, RmsNorm | LayerNorm) else [drop(r"^norm\.")]),
+        *(rename(rf"^fpn{i + 1}\.", f"pyramid.{i}.") for i in range(4)),
+        rename(r"^(blocks|pos_embed|patch_embed|norm)", r"trunk.\1"),
+    ]
+    return Published(model, rules, lambda model, inputs: {f"feat{i}": x for i, x in enumerate(model(inputs["x"]))})
+
+
+def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    x, grid = model.embed(inputs["x"])
+    out: dict[str, Tensor] = {}
+    for i, block in enumerate(model.blocks):
+        x = block.turn_in(x)
+        branch = block.branch(x, grid)
+        out |= {f"layers.{i}.hidden": branch, f"layers.{i}.residual": x}
+        x = x + block.turn_out(branch)
+    x = model.norm(x)
+    return out | {"features": model.forward_head(x, pre_logits=True), "logits": model.forward_head(x)}
