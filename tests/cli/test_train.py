@@ -1,0 +1,155 @@
+"""``vssm train``: what a run leaves behind, the four commands, and what it says to a wrong configuration."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from small_runs import checkpoint, fit_process, image_folder, small_config, write_config
+from tree import ROOT
+
+from vssm.cli.train import main
+
+
+def read(file):
+    return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run: its folder and its configuration file."""
+    root = tmp_path_factory.mktemp("run")
+    config = small_config(image_folder(root / "data"))
+    config["test_after_fit"] = True
+    file = write_config(root / "small.yaml", config)
+    assert main(["fit", "--config", file]) == 0
+    return root / "runs" / "version_0", file
+
+
+def test_a_run_leaves_its_configuration_metrics_pictures_and_checkpoints(run):
+    folder, _ = run
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "metrics.csv", "curves.png", "confusion_matrix.png", "test_metrics.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("0", "6"), ("1", "12")]
+    assert list(rows[0]) == ["epoch", "step", "seconds", "lr", "train/loss", "val/acc1", "val/loss"]
+    for picture in ("curves.png", "confusion_matrix.png"):
+        with Image.open(folder / picture) as image:
+            assert min(image.size) > 300
+
+
+def test_the_last_line_is_the_test_accuracy_of_the_best_checkpoint(run, capfd):
+    folder, file = run
+    assert main(["test", "--config", file, "--ckpt_path", "best"]) == 0
+    last = capfd.readouterr().out.strip().splitlines()[-1]
+    accuracy = yaml.safe_load((folder / "test_metrics.json").read_text())["test/acc1"]
+    assert last == f"test accuracy {accuracy:.4f}"
+    assert accuracy == pytest.approx(float(list(csv.DictReader((folder / "metrics.csv").open()))[-1]["val/acc1"]))
+
+
+def test_a_saved_configuration_can_be_used_again(run, tmp_path, capsys):
+    folder, file = run
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", file, "--print_config"])
+    printed = capsys.readouterr().out
+    (tmp_path / "again.yaml").write_text(printed)
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", str(tmp_path / "again.yaml"), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed)
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    for key in ("model", "data", "trainer", "best_checkpoint", "last_checkpoint"):
+        assert saved[key] == yaml.safe_load(printed)[key]
+    assert main(["validate", "--config", str(folder / "config.yaml"), "--ckpt_path", "last"]) == 0
+
+
+def test_validate_reports_what_training_found(run):
+    folder, file = run
+    assert main(["validate", "--config", file, "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]) == 0
+    metrics = yaml.safe_load((folder / "val_metrics.json").read_text())
+    last = list(csv.DictReader((folder / "metrics.csv").open()))[-1]
+    assert metrics["val/loss"] == pytest.approx(float(last["val/loss"]), rel=1e-5)
+    assert metrics["val/acc1"] == pytest.approx(float(last["val/acc1"]))
+
+
+def test_predictions_are_written_in_the_order_of_the_files(run, tmp_path):
+    _, file = run
+    images = ROOT.joinpath(read(file)["data"]["init_args"]["root"], "val")
+    out = tmp_path / "out.csv"
+    assert main(["predict", "--config", file, "--ckpt_path", "best", "--predictions.path", str(out),
+                 "--data.init_args.predict", str(images)]) == 0
+    rows = list(csv.DictReader(out.open()))
+    assert list(rows[0]) == ["file", "class", "probability"]
+    assert [row["file"] for row in rows] == sorted(str(path) for path in images.rglob("*.png"))
+    assert {row["class"] for row in rows} <= {"cat", "dog"}
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
+
+
+@pytest.mark.parametrize(("argument", "said"), [
+    ("--model.init_args.optimiser.lr=1", "optimiser"),
+    ("--model.init_args.optimizer.lr=fast", "fast"),
+    ("--data.init_args.loader.batch=1", "batch"),
+    ("--trainer.epochs=1", "epochs"),
+    ("--ckpt_path=nothing.ckpt", "nothing.ckpt must be a checkpoint file"),
+])
+def test_a_wrong_key_or_value_is_refused_by_name(run, argument, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", run[1], argument])
+    assert said in capsys.readouterr().err
+
+
+def test_a_wrong_key_in_a_file_is_refused_by_name(run, tmp_path, capsys):
+    config = read(run[1])
+    config["model"]["init_args"]["schedule"]["warmup"] = 3
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", write_config(tmp_path / "wrong.yaml", config)])
+    assert "warmup" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argument", "said"), [
+    ("--model.init_args.model=vmamba_tinny", "vmamba_tinny"),
+    ("--model.init_args.model_kwargs.drop_paths=0.1", "drop_paths"),
+])
+def test_a_model_that_does_not_exist_is_refused_by_name(run, argument, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", run[1], argument])
+    assert said in capsys.readouterr().err
+
+
+def test_any_module_can_be_trained(run, tmp_path):
+    config = read(run[1])
+    net = {"class_path": "timm.layers.ClassifierHead", "init_args": {"in_features": 3, "num_classes": 2}}
+    config["model"]["init_args"].update(model=net, model_kwargs=None)
+    config["trainer"].update(max_epochs=1, default_root_dir=str(tmp_path / "net"))
+    assert main(["fit", "--config", write_config(tmp_path / "net.yaml", config)]) == 0
+    assert checkpoint(tmp_path / "net")["state_dict"]["model.fc.weight"].shape == (2, 3)
+
+
+def test_fast_dev_run_leaves_nothing(run, tmp_path):
+    assert main(["fit", "--config", run[1], "--trainer.fast_dev_run=true", "--trainer.default_root_dir",
+                 str(tmp_path / "dev")]) == 0
+    assert not (tmp_path / "dev").exists() or not list((tmp_path / "dev").rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
+    """gloo, without what is random inside a process, and without Adam, which makes whole steps of rounding errors."""
+    sgd = {"name": "sgd", "lr": 0.05}
+    config = small_config(image_folder(tmp_path / "data"), mixup={}, ema_decay=None, optimizer=sgd)
+    config["model"]["init_args"]["model_kwargs"] = {"img_size": 32, "patch_size": 16}
+    ends = {}
+    for processes, batch in ((1, 4), (2, 2)):
+        config["data"]["init_args"]["loader"]["batch_size"] = batch
+        config["trainer"].update(devices=processes, strategy="ddp" if processes > 1 else "auto")
+        said = fit_process(tmp_path, str(processes), config, "--test_after_fit=true")
+        ends[processes] = checkpoint(tmp_path / str(processes)), said
+    one, two = ends[1][0]["state_dict"], ends[2][0]["state_dict"]
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+    assert ends[1][1] == ends[2][1]
+    assert len(ends[2][0]["random_state"]) == 2

@@ -1,0 +1,73 @@
+"""The zoo: models by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import KEYS, Toy
+
+from vssm.checkpoints import write_checkpoint
+from vssm.models.keys import to_published
+from vssm.registries.zoo import _as_people_count, create_model, list_models
+
+pytestmark = pytest.mark.usefixtures("toys")
+
+
+def test_a_model_by_name():
+    """The row's arguments, with the caller's over them."""
+    model = create_model("toy_base", num_classes=7, in_chans=1, scan="hilbert")
+    assert isinstance(model, Toy)
+    assert (model.num_features, model.scan) == (8, "hilbert")
+    assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("toy_tinny", "did you mean toy_tiny"), ("resnet50", r"list_models\(\) names them")]
+)
+def test_an_unknown_name(name, hint):
+    """The error suggests the nearest ones."""
+    with pytest.raises(ValueError, match=rf"create_model: no model named '{name}'; .*{hint}"):
+        create_model(name)
+
+
+def test_lists():
+    """Names by wildcard, weights, family and licence."""
+    assert list_models() == ["toy_base", "toy_small", "toy_tiny"]
+    assert list_models("*_t*") == ["toy_tiny"]
+    assert list_models(["*_t*", "*base"], exclude="toy_b*") == ["toy_tiny"]
+    assert list_models(pretrained=True) == ["toy_small", "toy_tiny"]
+    assert list_models(pretrained=True, license="commercial-ok") == ["toy_small"]
+    assert list_models(license="mit") == ["toy_small"]
+    assert list_models(family="toy") == list_models()
+    assert list_models(family="vim") == []
+
+
+def test_numbers_sort_as_numbers():
+    """Depth 20 comes after depth 8."""
+    assert sorted(["m_s1l20", "m_s1l8", "m"], key=_as_people_count) == ["m", "m_s1l8", "m_s1l20"]
+
+
+def test_a_checkpoint_of_the_published_names(tmp_path):
+    """``checkpoint_path`` takes the entry "model" though the file has an average too, and is strict."""
+    source = create_model("toy_tiny").eval()
+    state = to_published(source.state_dict(), KEYS)
+    averaged = {key: value + 1 for key, value in state.items()}
+    torch.save({"model": state, "model_ema": averaged}, tmp_path / "x.pth")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(create_model("toy_tiny", checkpoint_path=tmp_path / "x.pth").eval()(x), source(x))
+    with pytest.raises(ValueError, match="it looks like toy_tiny"):
+        create_model("toy_small", checkpoint_path=tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="7, 4"):
+        create_model("toy_tiny", checkpoint_path=tmp_path / "x.pth", num_classes=7)
+    with pytest.raises(ValueError, match="drop one"):
+        create_model("toy_tiny", checkpoint_path=tmp_path / "x.pth", pretrained=True)
+    maps = create_model("toy_tiny", checkpoint_path=tmp_path / "x.pth", features_only=True).eval()(x)
+    torch.testing.assert_close(maps, source.forward_intermediates(x, intermediates_only=True))
+
+
+def test_the_short_way_to_weights(tmp_path):
+    """``write_checkpoint`` of our own names is a checkpoint as well."""
+    source = create_model("toy_tiny").eval()
+    write_checkpoint(source.state_dict(), tmp_path / "x.safetensors")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(create_model("toy_tiny", checkpoint_path=tmp_path / "x.safetensors").eval()(x), source(x))

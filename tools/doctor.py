@@ -1,0 +1,11 @@
+"""``python tools/doctor.py`` is ``vssm doctor``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
+
+from vssm.cli.doctor import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

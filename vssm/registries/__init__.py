@@ -1,0 +1,1 @@
+"""Where models are found by name: the zoo, and what it becomes in timm."""

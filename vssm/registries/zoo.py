@@ -1,0 +1,100 @@
+"""The zoo: every variant of every family, found by name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from vssm.checkpoints import load_weights
+from vssm.models.variant import Variant, variants
+
+COMMERCIAL_OK = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0")
+
+
+def create_model(
+    name: str, *, pretrained: bool = False, checkpoint_path: str | Path | None = None, **kwargs: Any
+) -> nn.Module:
+    """Make a model by name, as ``timm.create_model`` does.
+
+    Args:
+        name: One of ``list_models()``, with a weights tag if wanted (``"vmamba_tiny.s1l8_in1k"``).
+        pretrained: Load the published weights.
+        checkpoint_path: Load this file, published or ours; every key must fit (``load_weights``).
+        kwargs: Arguments of the model class (``scan="hilbert"``, ``num_classes=7``, ``in_chans=1``,
+            ``drop_path_rate=0.1``) and of timm (``features_only``, ``out_indices``, ``pretrained_cfg_overlay``).
+
+    Raises:
+        ValueError: If there is no such model, or the weights do not fit.
+
+    >>> create_model("vmamba_tiny", num_classes=7).num_classes
+    7
+    """
+    find(name.partition(".")[0])
+    if checkpoint_path is None:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    if pretrained:
+        raise ValueError("create_model: pretrained=True and checkpoint_path= both say what to load; drop one")
+    if kwargs.get("features_only"):                          # the wrapper has other keys: load before it is made
+        overlay = {**kwargs.pop("pretrained_cfg_overlay", {}), "file": str(checkpoint_path)}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    model = timm.create_model(name, **kwargs)
+    load_weights(model, checkpoint_path)
+    return model
+
+
+def find(name: str) -> Variant:
+    """The row of that name.
+
+    Raises:
+        ValueError: If there is none; the message suggests the nearest names.
+    """
+    known = variants()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "list_models() names them"
+    raise ValueError(f"create_model: no model named {name!r}; {hint}")
+
+
+def list_models(
+    pattern: str | Collection[str] = "*",
+    *,
+    pretrained: bool = False,
+    family: str | None = None,
+    license: str | None = None,
+    exclude: str | Collection[str] = (),
+) -> list[str]:
+    """Names of the models, sorted as people count.
+
+    Args:
+        pattern: Wildcards (``"vim_*"``); several mean any of them.
+        pretrained: Only models with published weights.
+        family: Only this module of ``vssm.models`` (``"vmamba"``).
+        license: Only models with published weights under this licence, by SPDX name in any case;
+            ``"commercial-ok"`` for any that allows commercial use.
+        exclude: Wildcards to leave out.
+    """
+    patterns, excluded = ([p] if isinstance(p, str) else list(p) for p in (pattern, exclude))
+    allowed = COMMERCIAL_OK if license == "commercial-ok" else ((license or "").lower(),)
+
+    def wanted(name: str, row: Variant) -> bool:
+        return (
+            any(fnmatchcase(name, p) for p in patterns)
+            and not any(fnmatchcase(name, p) for p in excluded)
+            and (bool(row.weights) or not pretrained)
+            and (family is None or row.model.__module__.rpartition(".")[2] == family)
+            and (license is None or any(weights.license.lower() in allowed for weights in row.weights.values()))
+        )
+
+    return sorted((name for name, row in variants().items() if wanted(name, row)), key=_as_people_count)
+
+
+def _as_people_count(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
