@@ -1,0 +1,269 @@
+"""EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba (Pei et al., 2024, arXiv:2403.09977).
+
+Two stages of blocks that scan every second cell of every second row, four times over, beside a convolution; then two
+stages of inverted residuals. Published code: github.com/TerryPei/EfficientVMamba (no licence file); its weights are on
+the Hugging Face hub (Apache-2.0). Same function; other key names, see KEYS.
+
+The repository's configuration of the small model is 96 channels wide and has twice the published parameters. The
+released file is as large as ``efficientvmamba_small_d64``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import islice
+from math import prod
+from typing import Any
+
+from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_function
+from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
+from torch import Tensor, nn
+
+from vssm.kernels import selective_scan
+from vssm.layers.conv import depthwise
+from vssm.layers.downsample import PatchMerging
+from vssm.layers.init import linear_like_transformers
+from vssm.layers.layout import over_map, to_map, to_tokens
+from vssm.layers.mixer import ScanMixer
+from vssm.layers.norm import ChannelNorm
+from vssm.layers.ssm import decay, ssm_parameters
+from vssm.layers.stem import PatchStem
+from vssm.models.backbone import StageMaps
+from vssm.models.base import Hierarchical, Stage
+from vssm.models.keys import Rule, also, rename, reshape
+from vssm.models.variant import NotCovered, Published, Variant, Weights
+from vssm.scans import scan_shape, to_sequences
+
+REPOSITORY = "TerryPei/EfficientVMamba"
+SCANNED = 2  # stages that scan; those behind them are convolutions
+D_STATE = 16  # As published: no argument of the published model reaches it, nor the rank of the step sizes.
+
+register_notrace_function(to_sequences)
+
+
+class AtrousMixer(ScanMixer):
+    """A gated mixer in which a direction that leaves cells out projects only those it reads. (B, L, C) in and out."""
+
+    def __init__(self, dim: int, expand: float, scan: str, scan_options: Mapping[str, Any] | None = None):
+        super().__init__(dim, scan=scan, scan_options=scan_options, expand=expand, d_state=D_STATE, out_norm="layer")
+        grid = (12, 12)  # any will do
+        self.leaves_out = scan_shape(scan, grid, **self.scan_options)[1] < prod(grid)
+
+    def mix(self, x: Tensor, z: Tensor | None, grid: Sequence[int]) -> Tensor:
+        if not self.leaves_out:
+            return super().mix(x, z, grid)
+        table, ssm = self.table(grid, x.device), self.ssm
+        u = self.act(over_map(self.conv, x, grid))
+        # Padding is a step as any other: it reads zeros, so B is zero there and delta its bias.
+        dt, B, C = (to_sequences(u, table) @ ssm.x_proj.mT).split(ssm.splits, -1)  # each (b, k, t, ·)
+        y, _ = selective_scan(
+            u, dt @ ssm.dt_weight.mT, decay(ssm.A_log), B, C, ssm.D, None, ssm.dt_bias,
+            delta_softplus=True, table=table, read="steps", merge="sum", revisits=self.revisits,
+        )  # fmt: skip
+        return over_map(self.out_norm, y, grid)
+
+
+class ChannelGate(nn.Module):
+    """Scale the channels of a map by what the mean of the normalised map says. (B, C, H, W) in and out."""
+
+    def __init__(self, dim: int, reduction: int = 8):
+        super().__init__()
+        self.norm = ChannelNorm(dim)
+        hidden = dim // reduction
+        self.reduce, self.act, self.expand = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.expand(self.act(self.reduce(self.norm(x).mean((2, 3))))).sigmoid()
+        return x * gate[:, :, None, None]
+
+
+class EfficientBlock(nn.Module):
+    """Norm; scan and convolve side by side, gate both, add. (B, C, H, W) in and out, channels last in memory."""
+
+    def __init__(
+        self, dim: int, expand: float, scan: str, scan_options: Mapping[str, Any] | None, drop_path: float = 0.0
+    ):
+        super().__init__()
+        self.norm, self.mixer = ChannelNorm(dim), AtrousMixer(dim, expand, scan, scan_options)
+        self.conv_branch = nn.Sequential(depthwise(dim, 3), nn.BatchNorm2d(dim), nn.GELU(), nn.Conv2d(dim, dim, 1))
+        self.gate = ChannelGate(dim)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid, h = x.shape[2:], self.norm(x)
+        scanned = to_map(self.mixer(to_tokens(h), grid), grid)
+        # As published: one gate for both branches.
+        return x + self.drop_path(self.gate(scanned) + self.gate(self.conv_branch(h)))
+
+
+def conv_block(dim: int, drop_path: float) -> nn.Module:
+    """The inverted residual of EfficientNet with squeeze-and-excitation. (B, C, H, W) in and out."""
+    squeeze = partial(SqueezeExcite, rd_ratio=1 / 8, rd_round_fn=int)
+    return InvertedResidual(dim, dim, exp_ratio=4, act_layer=nn.ReLU, se_layer=squeeze, drop_path_rate=drop_path)
+
+
+class EfficientVMamba(Hierarchical):
+    """EfficientVMamba classifier for images of any size from one patch. The defaults are ``efficientvmamba_tiny``.
+
+    Args:
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate: As in timm.
+        depths: Blocks of each stage.
+        dim: Channels of the first stage, which double with every stage; or of all of them.
+        expand, scan, scan_options: Of the mixers, see ``ScanMixer``.
+        patch_size: Pixels of the image to one cell of the first stage.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        *,
+        depths: Sequence[int] = (2, 2, 4, 2),
+        dim: int | Sequence[int] = 48,
+        expand: float = 2.0,
+        scan: str = "atrous",
+        scan_options: Mapping[str, Any] | None = None,
+        patch_size: int = 4,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        dims = [dim * 2**i for i in range(len(depths))] if isinstance(dim, int) else list(dim)
+        if len(dims) != len(depths):
+            raise ValueError(f"EfficientVMamba: dim must name one width a stage ({len(depths)} in depths), got {dims}")
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, (depth, width) in enumerate(zip(depths, dims, strict=True)):
+            scanned = partial(EfficientBlock, expand=expand, scan=scan, scan_options=scan_options)
+            make = scanned if i < SCANNED else conv_block
+            shrink = PatchMerging(dims[i - 1], width) if i else nn.Identity()
+            stages.append(Stage(shrink, [make(width, drop_path=rate) for rate in islice(rates, depth)]))
+        super().__init__(
+            PatchStem(in_chans, dims[0], patch_size), stages, dims, ChannelNorm(dims[-1]),
+            reduction=patch_size, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate,
+        )  # fmt: skip
+        self.apply(linear_like_transformers)
+
+    def no_weight_decay(self) -> set[str]:
+        """Biases and norms aside (timm knows them). As published: A_log and the step-size bias are decayed."""
+        return set(ssm_parameters(self, "D"))
+
+
+def keys(depths: Sequence[int]) -> list[Rule]:
+    """Key rules; ``depths`` because published convolution stages count their permutes, too."""
+    shifted = []
+    for i in range(SCANNED, len(depths)):
+        blocks = range(depths[i])
+        shifted += [rename(rf"^layers\.{i}\.{j + 1}\.", f"stages.{i}.blocks.{j}.") for j in blocks]
+        shifted += [rename(rf"^layers\.{i}\.{depths[i] + 2}\.", f"stages.{i + 1}.downsample.")]
+    return [
+        also(rename(r"^patch_embed\.proj\.", r"patch_embed.0.")),
+        also(rename(r"^patch_embed\.norm\.", r"patch_embed.2.")),
+        also(rename(r"\.ln_1\.", r".norm.")),
+        also(rename(r"\.self_attention\.", r".op.")),
+        also(rename(r"^norm\.", r"classifier.norm.")),
+        also(rename(r"^head\.", r"classifier.head.")),
+        reshape(r"\.A_logs$", "(k d) n -> k d n"),
+        reshape(r"\.Ds$", "(k d) -> k d"),
+        rename(r"^patch_embed\.0\.", r"stem.conv1."),
+        rename(r"^patch_embed\.2\.", r"stem.norm1."),
+        *(rename(rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(SCANNED)),
+        rename(r"^layers\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.blocks.\2."),
+        *shifted,
+        rename(r"\.op\.", r".mixer."),
+        rename(r"\.mixer\.conv2d\.", r".mixer.conv."),
+        rename(r"\.mixer\.x_proj_weight$", r".mixer.ssm.x_proj"),
+        rename(r"\.mixer\.dt_projs_weight$", r".mixer.ssm.dt_weight"),
+        rename(r"\.mixer\.dt_projs_bias$", r".mixer.ssm.dt_bias"),
+        rename(r"\.mixer\.A_logs$", r".mixer.ssm.A_log"),
+        rename(r"\.mixer\.Ds$", r".mixer.ssm.D"),
+        rename(r"\.se\.norm\.", r".gate.norm."),
+        rename(r"\.se\.global_reduce\.", r".gate.reduce."),
+        rename(r"\.se\.channel_select\.", r".gate.expand."),
+        rename(r"\.conv_pw\.1\.", r".bn1."),
+        rename(r"\.conv_pw\.0\.", r".conv_pw."),
+        rename(r"\.conv_dw\.1\.", r".bn2."),
+        rename(r"\.conv_dw\.0\.", r".conv_dw."),
+        rename(r"\.conv_pw2\.1\.", r".bn3."),
+        rename(r"\.conv_pw2\.0\.", r".conv_pwl."),
+        rename(r"^classifier\.norm\.", r"norm."),
+        rename(r"^classifier\.head\.", r"head.fc."),
+        rename(r"^outnorm(\d+)\.", r"out_norms.\1."),
+    ]
+
+
+KEYS = keys((2, 2, 4, 2))
+
+
+def _weights(size: str, top1: float, notes: str = "") -> dict[str, Weights]:
+    return {
+        "in1k": Weights(
+            "apache-2.0", f"https://github.com/{REPOSITORY}", "arXiv:2403.09977", key="state_dict",
+            hf_hub_id=f"{REPOSITORY}-{size.capitalize()}", hf_hub_filename=f"efficient_vmamba_{size}.ckpt",
+            top1=top1, notes=notes,
+        )
+    }  # fmt: skip
+
+
+def _variant(name: str, weights: Mapping[str, Weights] | None = None, description: str = "", **kwargs: Any) -> Variant:
+    return Variant(
+        name, EfficientVMamba, kwargs, keys(kwargs.get("depths", (2, 2, 4, 2))), weights or {},
+        first_conv="stem.conv1", classifier="head.fc", pool_size=(7, 7), description=description,
+    )  # fmt: skip
+
+
+VARIANTS = [
+    _variant("efficientvmamba_tiny",
+             _weights("tiny", 76.5, "retraining by the published configuration is reported to reach 74.7"),
+             dim=48, drop_path_rate=0.2),
+    _variant("efficientvmamba_small", None, "as the repository configures it; not what was released as small",
+             dim=96, drop_path_rate=0.2),
+    _variant("efficientvmamba_small_d64", _weights("small", 78.7), "the released small model",
+             dim=64, drop_path_rate=0.2),
+    _variant("efficientvmamba_base", _weights("base", 81.8), depths=(2, 2, 9, 2), dim=96, drop_path_rate=0.2),
+    _variant("test_efficientvmamba", None, "for tests", depths=(1, 1, 1, 1), dim=8),
+]  # fmt: skip
+
+UNCHANGED = {"mlp_ratio": 0.0, "step_size": 2, "patch_norm": True, "downsample_version": "v1"}
+INEFFECTIVE = {  # in training only; or, as published, handed on under names that nothing reads
+    "drop_path_rate", "use_checkpoint", "pretrained", "d_state", "dt_rank", "drop_rate", "attn_drop_rate", "shared_ssm",
+    "softmax_version", "window_size",
+}  # fmt: skip
+SAME = {"in_chans": "in_chans", "num_classes": "num_classes", "patch_size": "patch_size", "depths": "depths",
+        "dims": "dim", "ssm_ratio": "expand"}  # fmt: skip
+
+
+def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``EfficientVMamba`` for those of the published ``EfficientVSSM``."""
+    given = {key: value for key, value in kwargs.items() if key not in INEFFECTIVE}
+    for key, value in UNCHANGED.items():
+        if given.pop(key, value) != value:
+            raise NotCovered(f"{key}={kwargs[key]!r}")
+    if given.keys() - SAME.keys():
+        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - SAME.keys()))}")
+    return {SAME[key]: value for key, value in given.items()}
+
+
+def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
+    """``EfficientVSSM`` or ``Backbone_EfficientVSSM`` of the published code as our model."""
+    name = entry.partition(":")[2]
+    if name not in ("EfficientVSSM", "Backbone_EfficientVSSM"):
+        raise NotCovered(f"entry {entry!r} is no model of this family")
+    given = dict(kwargs)
+    out_indices = given.pop("out_indices", (0, 1, 2, 3))
+    ours = translate(given)
+    own_keys = keys(ours.get("depths", (2, 2, 4, 2)))
+    if name == "EfficientVSSM":
+        return Published(EfficientVMamba(**ours), own_keys, _run_classifier)
+    model = EfficientVMamba(**{**ours, "num_classes": 0})
+    return Published(StageMaps(model, out_indices), own_keys, _run_backbone)
+
+
+def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    features, maps = model.forward_intermediates(inputs["x"])
+    return {"logits": model.forward_head(features)} | {f"stage{i}": x for i, x in enumerate(maps)}
+
+
+def _run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"out{i}": x for i, x in zip(model.out_indices, model(inputs["x"]), strict=True)}

@@ -1,0 +1,228 @@
+"""Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion (Xiao et al., 2024,
+arXiv:2410.15091).
+
+Four stages of mixer-and-MLP blocks. A mixer scans the map once, row by row, with one state a channel; dilated
+convolutions then mix the states of neighbouring cells, and only what they give is read out.
+Published code and weights: github.com/EdwardChasel/Spatial-Mamba (Apache-2.0). Same function; other key names, see
+KEYS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from timm.layers import calculate_drop_path_rates
+from torch import Tensor, nn
+
+from vssm.kernels import selective_scan
+from vssm.layers.init import linear_like_transformers
+from vssm.layers.layout import over_map
+from vssm.layers.mixer import ScanMixer
+from vssm.layers.mlla import ConditionedBlock, InvertedDownsample, ResidualStem
+from vssm.layers.norm import ChannelNorm
+from vssm.layers.ssm import decay, ssm_parameters
+from vssm.models.backbone import StageMaps
+from vssm.models.base import Hierarchical, Stage
+from vssm.models.keys import Rule, rename, reshape, stack
+from vssm.models.variant import NotCovered, Published, Variant, Weights
+
+REPOSITORY = "EdwardChasel/Spatial-Mamba"
+DILATIONS = (1, 3, 5)
+
+
+class StateFusion(nn.Module):
+    """A weighted sum of depthwise 3 x 3 convolutions, one a dilation. (B, C, H, W) in and out.
+
+    Beyond the edge the map goes on as it ends. The published code merges the three kernels for inference and keeps the
+    result until the process ends; here the parameters are used as they are.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(len(DILATIONS), dim, 1, 3, 3))
+        self.alpha = nn.Parameter(torch.ones(len(DILATIONS)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernels = self.weight * self.alpha[:, None, None, None, None]
+        first, *others = (self.dilated(x, kernels[i], dilation) for i, dilation in enumerate(DILATIONS))
+        for other in others:
+            first = first + other
+        return first
+
+    @staticmethod
+    def dilated(x: Tensor, kernel: Tensor, dilation: int) -> Tensor:
+        x = nn.functional.pad(x, (dilation,) * 4, mode="replicate")
+        return nn.functional.conv2d(x, kernel, dilation=dilation, groups=x.shape[1])
+
+
+class FusedStateMixer(ScanMixer):
+    """A gated mixer that reads its output from fused states. (B, L, C) tokens in and out.
+
+    Rows of an order with several share the fusion, and what they read out is added up; the published order has one.
+    """
+
+    def __init__(self, dim: int, scan: str, scan_options: Mapping[str, Any] | None = None):
+        super().__init__(dim, scan=scan, scan_options=scan_options, d_state=1, out_norm="layer")
+        self.fusion = StateFusion(self.out_proj.in_features)
+
+    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        u = self.act(over_map(self.conv, x, grid))
+        delta, B, C = self.ssm.project(u)
+        # With one state a channel, and one in the place of C, what the scan returns is its states.
+        states, _ = selective_scan(
+            u, delta, decay(self.ssm.A_log), B, torch.ones_like(C), None, None, self.ssm.dt_bias,
+            delta_softplus=True, table=self.table(grid, x.device), revisits=self.revisits,
+        )  # fmt: skip
+        rows = states.shape[1]
+        fused = over_map(self.fusion, states.flatten(0, 1), grid).unflatten(0, (-1, rows))
+        y = (fused * C).sum(1) + self.ssm.D.sum(0) * u
+        return self.out_proj(over_map(self.out_norm, y, grid) * self.act(z))
+
+
+class SpatialMamba(Hierarchical):
+    """Spatial-Mamba classifier for images of any size. The defaults are ``spatialmamba_tiny``.
+
+    Args:
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate: As in timm.
+        depths: Blocks of each stage.
+        dim: Channels of the first stage, which double with every stage; or of all of them.
+        mlp_ratio: Hidden channels of the MLP over those of the block.
+        scan, scan_options: A registered order.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        *,
+        depths: Sequence[int] = (2, 4, 8, 4),
+        dim: int | Sequence[int] = 64,
+        mlp_ratio: float = 4.0,
+        scan: str = "raster",
+        scan_options: Mapping[str, Any] | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        dims = [dim * 2**i for i in range(len(depths))] if isinstance(dim, int) else list(dim)
+        if len(dims) != len(depths):
+            raise ValueError(f"SpatialMamba: dim must name one width a stage ({len(depths)} in depths), got {dims}")
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, (depth, width) in enumerate(zip(depths, dims, strict=True)):
+            shrink = InvertedDownsample(dims[i - 1], width) if i else nn.Identity()
+            blocks = [
+                ConditionedBlock(width, FusedStateMixer(width, scan, scan_options), mlp_ratio, rate)
+                for rate in islice(rates, depth)
+            ]
+            stages.append(Stage(shrink, blocks))
+        super().__init__(
+            ResidualStem(in_chans, dims[0]), stages, dims, ChannelNorm(dims[-1]),
+            num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate,
+        )  # fmt: skip
+        self.apply(linear_like_transformers)
+
+    def no_weight_decay(self) -> set[str]:
+        """Biases and norms aside (timm knows them). As published: A_log and the fusion's kernels are decayed."""
+        return set(ssm_parameters(self, "D", "dt_bias"))
+
+
+KEYS: list[Rule] = [
+    stack(tuple(f"state_fusion.{name}" for name in ("kernel_3", "kernel_3_1", "kernel_3_2")), "state_fusion.weight"),
+    reshape(r"\.x_proj_weight$", "r d -> 1 r d"),
+    reshape(r"\.dt_projs_weight$", "d r -> 1 d r"),
+    reshape(r"\.dt_projs_bias$", "d -> 1 d"),
+    reshape(r"\.A_logs$", "d n -> 1 d n"),
+    reshape(r"\.Ds$", "d -> 1 d"),
+    rename(r"\.self_attention\.", r".mixer."),
+    rename(r"\.mixer\.state_fusion\.", r".mixer.fusion."),
+    rename(r"\.mixer\.conv2d\.", r".mixer.conv."),
+    rename(r"\.mixer\.x_proj_weight$", r".mixer.ssm.x_proj"),
+    rename(r"\.mixer\.dt_projs_weight$", r".mixer.ssm.dt_weight"),
+    rename(r"\.mixer\.dt_projs_bias$", r".mixer.ssm.dt_bias"),
+    rename(r"\.mixer\.A_logs$", r".mixer.ssm.A_log"),
+    rename(r"\.mixer\.Ds$", r".mixer.ssm.D"),
+    rename(r"\.cpe(\d)\.", r".position\1."),
+    rename(r"\.ln_(\d)\.", r".norm\1."),
+    rename(r"^patch_embed\.", r"stem."),
+    rename(r"\.downsample\.conv\.0\.", r".downsample.widen."),
+    rename(r"\.downsample\.conv\.1\.", r".downsample.shrink."),
+    rename(r"\.downsample\.conv\.2\.", r".downsample.narrow."),
+    *(rename(rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+    rename(r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    rename(r"^head\.", r"head.fc."),
+    rename(r"^outnorm(\d+)\.", r"out_norms.\1."),
+]
+
+
+def _weights(size: str, drive_id: str, top1: float) -> dict[str, Weights]:
+    return {
+        "in1k": Weights(
+            "apache-2.0", f"https://github.com/{REPOSITORY}", "arXiv:2410.15091", top1=top1,
+            url=f"https://drive.usercontent.google.com/download?id={drive_id}&export=download&confirm=t",
+            hf_hub_filename=f"spatialmamba_{size}.pth",         # what a file of Google Drive is cached as
+        )
+    }  # fmt: skip
+
+
+def _variant(name: str, weights: Mapping[str, Weights] | None = None, description: str = "", **kwargs: Any) -> Variant:
+    return Variant(
+        name, SpatialMamba, kwargs, KEYS, weights or {}, first_conv="stem.conv1.conv", classifier="head.fc",
+        pool_size=(7, 7), description=description,
+    )  # fmt: skip
+
+
+VARIANTS = [
+    _variant("spatialmamba_tiny", _weights("tiny", "19kXoqGSTuKKs4AHbdUSrdKZTwTWenLIW", 83.5),
+             depths=(2, 4, 8, 4), dim=64, drop_path_rate=0.2),
+    _variant("spatialmamba_small", _weights("small", "1Wb3sYoWLpgmWrmHMYKwdgDwGPZaqM28O", 84.6),
+             depths=(2, 4, 21, 5), dim=64, drop_path_rate=0.3),
+    _variant("spatialmamba_base", _weights("base", "1k8dHp2QRCOqBSgAi36YkhZp_O8LqOPjM", 85.3),
+             depths=(2, 4, 21, 5), dim=96, drop_path_rate=0.5),
+    _variant("test_spatialmamba", None, "for tests", depths=(1, 1, 1, 1), dim=8),
+]  # fmt: skip
+
+SAME = {"in_chans": "in_chans", "num_classes": "num_classes", "depths": "depths", "dims": "dim",
+        "mlp_ratio": "mlp_ratio"}  # fmt: skip
+UNCHANGED = {"patch_size": 4, "d_state": 1}
+INEFFECTIVE = {  # in training only; or, as published, nothing depends on it
+    "drop_path_rate", "use_checkpoint", "pretrained", "drop_rate", "dt_init",
+}  # fmt: skip
+
+
+def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``SpatialMamba`` for those of the published one."""
+    given = {key: value for key, value in kwargs.items() if key not in INEFFECTIVE}
+    for key, value in UNCHANGED.items():
+        if given.pop(key, value) != value:
+            raise NotCovered(f"{key}={kwargs[key]!r}")
+    if given.keys() - SAME.keys():
+        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - SAME.keys()))}")
+    return {SAME[key]: value for key, value in given.items()}
+
+
+def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
+    """``SpatialMamba`` or ``Backbone_SpatialMamba`` of the published code as our model."""
+    name = entry.partition(":")[2]
+    if name not in ("SpatialMamba", "Backbone_SpatialMamba"):
+        raise NotCovered(f"entry {entry!r} is no model of this family")
+    given = dict(kwargs)
+    out_indices = given.pop("out_indices", (0, 1, 2, 3))
+    ours = translate(given)
+    if name == "SpatialMamba":
+        return Published(SpatialMamba(**ours), KEYS, _run_classifier)
+    model = SpatialMamba(**{**ours, "num_classes": 0})
+    return Published(StageMaps(model, out_indices), KEYS, _run_backbone)
+
+
+def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    features, maps = model.forward_intermediates(inputs["x"])
+    return {"logits": model.forward_head(features)} | {f"stage{i}": x for i, x in enumerate(maps)}
+
+
+def _run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"out{i}": x for i, x in zip(model.out_indices, model(inputs["x"]), strict=True)}

@@ -1,0 +1,245 @@
+"""VSSD: Vision Mamba with Non-Causal State Space Duality (Shi et al., 2024, arXiv:2407.18559).
+
+Four stages of mixer-and-MLP blocks. The mixer is Mamba-2 without an order: all cells write one state, each with a
+weight of its own, and all read it, so there is nothing to scan; the last stage has plain attention instead.
+Published code and weights: github.com/YuHengsss/VSSD (no licence; this is written from the paper and a description of
+that code), weights on the Hugging Face hub. Same function; other key names, see KEYS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from timm.layers import Attention, LayerNorm, calculate_drop_path_rates
+from torch import Tensor, nn
+
+from vssm.layers.conv import depthwise
+from vssm.layers.init import linear_like_transformers
+from vssm.layers.layout import over_map
+from vssm.layers.mlla import ConditionedBlock, InvertedDownsample, ResidualStem
+from vssm.layers.norm import ChannelNorm
+from vssm.layers.ssm import decay, dt_bias_
+from vssm.models.backbone import StageMaps
+from vssm.models.base import Hierarchical, Stage
+from vssm.models.keys import Rule, rename
+from vssm.models.variant import NotCovered, Published, Variant, Weights
+
+REPOSITORY = "YuHengsss/VSSD"
+
+
+class DualityMixer(nn.Module):
+    """Non-causal state-space duality: write one state, read it everywhere. (B, L, C) tokens in and out.
+
+        S = Σ_l B[l] ⊗ (dt[l] exp(A_log) x[l]),    y[l] = C[l] S + D x[l]
+
+    S is (n, d), shared by all cells; dt, A and D have one value a head, B and C are common to the heads.
+
+    Args:
+        dim: Channels C of the tokens; the state has twice as many, d.
+        heads: Heads.
+        d_state: States n of each channel.
+    """
+
+    def __init__(self, dim: int, heads: int, d_state: int):
+        super().__init__()
+        width = 2 * dim
+        if width % heads:
+            raise ValueError(f"DualityMixer: heads must divide the {width} channels of the state, got {heads}")
+        self.heads, self.splits = heads, (width, d_state, d_state)
+        self.in_proj = nn.Linear(dim, width + sum(self.splits) + heads, bias=False)
+        self.conv, self.act = depthwise(sum(self.splits), 3), nn.SiLU()
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = LayerNorm(width, eps=1e-5)
+        self.out_proj = nn.Linear(width, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        dt_bias_(self.dt_bias)
+        with torch.no_grad():
+            self.A_log.copy_(nn.init.uniform_(torch.empty_like(self.A_log), 1, 16).log())
+
+    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """``grid``: sizes of the grid whose cells the tokens are."""
+        z, x, dt = self.in_proj(x).split((self.splits[0], sum(self.splits), self.heads), -1)
+        u, B, C = self.act(over_map(self.conv, x, grid)).split(self.splits, -1)  # (b, l, d), (b, l, n) twice
+        # As published: the weight is positive, and nothing divides the sum by the number of cells.
+        weight = nn.functional.softplus(dt + self.dt_bias) * -decay(self.A_log)  # (b, l, heads)
+        u = u.unflatten(-1, (self.heads, -1))
+        state = B.mT @ (weight.type_as(u)[..., None] * u).flatten(2)  # (b, n, d)
+        y = C @ state + (self.D[:, None] * u).flatten(2)
+        # As published: the norm stands before the gate, which has no activation.
+        return self.out_proj(self.norm(y) * z)
+
+
+class AttentionMixer(Attention):
+    """Softmax attention between all cells. (B, L, C) tokens in and out."""
+
+    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        return super().forward(x)
+
+
+MIXERS = {  # by name: (dim, heads, d_state) -> module
+    "duality": DualityMixer,
+    "attention": lambda dim, heads, d_state: AttentionMixer(dim, heads),
+}
+
+
+class VSSD(Hierarchical):
+    """VSSD classifier for images of any size. The defaults are ``vssd_tiny``.
+
+    The published classifier takes multiples of 32 alone; its backbone takes any size, with the same arithmetic.
+
+    Args:
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate: As in timm.
+        depths: Blocks of each stage.
+        dim: Channels of the first stage, which double with every stage; or of all of them.
+        heads: Heads of each stage's mixers.
+        d_state: States of each channel.
+        mixers: Of each stage, ``"duality"`` or ``"attention"``.
+        mlp_ratio: Hidden channels of the MLP over those of the block.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        *,
+        depths: Sequence[int] = (2, 4, 8, 4),
+        dim: int | Sequence[int] = 64,
+        heads: Sequence[int] = (2, 4, 8, 16),
+        d_state: int = 64,
+        mixers: Sequence[str] = ("duality", "duality", "duality", "attention"),
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        dims = [dim * 2**i for i in range(len(depths))] if isinstance(dim, int) else list(dim)
+        for name, values in (("dim", dims), ("heads", heads), ("mixers", mixers)):
+            if len(values) != len(depths):
+                raise ValueError(f"VSSD: {name} must name one a stage ({len(depths)} in depths), got {tuple(values)}")
+        unknown = sorted(set(mixers) - set(MIXERS))
+        if unknown:
+            raise ValueError(f"VSSD: mixers must be of {', '.join(MIXERS)}, got {unknown[0]!r}")
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, (depth, width) in enumerate(zip(depths, dims, strict=True)):
+            shrink = InvertedDownsample(dims[i - 1], width) if i else nn.Identity()
+            blocks = [
+                ConditionedBlock(width, MIXERS[mixers[i]](width, heads[i], d_state), mlp_ratio, rate)
+                for rate in islice(rates, depth)
+            ]
+            stages.append(Stage(shrink, blocks))
+        super().__init__(
+            ResidualStem(in_chans, dims[0]), stages, dims, ChannelNorm(dims[-1]),
+            num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate,
+        )  # fmt: skip
+        self.apply(linear_like_transformers)
+
+    def no_weight_decay(self) -> set[str]:
+        """Nothing beside vectors and biases, A_log, D and dt_bias among them, which timm leaves out by itself."""
+        return set()
+
+
+KEYS: list[Rule] = [
+    rename(r"\.attn\.", r".mixer."),
+    rename(r"\.mixer\.conv2d\.", r".mixer.conv."),
+    rename(r"\.mixer\.to_qkv\.", r".mixer.qkv."),
+    rename(r"\.mixer\.to_out\.", r".mixer.proj."),
+    rename(r"\.cpe(\d)\.", r".position\1."),
+    rename(r"^patch_embed\.", r"stem."),
+    rename(r"\.downsample\.conv\.0\.", r".downsample.widen."),
+    rename(r"\.downsample\.conv\.1\.", r".downsample.shrink."),
+    rename(r"\.downsample\.conv\.2\.", r".downsample.narrow."),
+    *(rename(rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+    rename(r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    rename(r"^head\.", r"head.fc."),
+    rename(r"^outnorm(\d+)\.", r"out_norms.\1."),
+]
+
+
+def _weights(size: str, top1: float, mesa: float | None = None) -> dict[str, Weights]:
+    """``mesa``: accuracy of a second file, trained with the loss of MESA."""
+
+    def row(file: str, top1: float, key: str | None, notes: str = "") -> Weights:
+        return Weights(
+            "unknown", f"https://github.com/{REPOSITORY}", "arXiv:2407.18559", hf_hub_id="YuhengSSS/VSSD",
+            hf_hub_filename=f"{file}.pth", key=key, top1=top1, notes=notes,
+        )  # fmt: skip
+
+    if mesa is None:
+        return {"in1k": row(f"vssd_{size}_best", top1, None)}
+    either = "the authors do not say whether model or model_ema reached the accuracy"
+    return {
+        "in1k": row(f"vssd_{size}_best_ema", top1, "model_ema"),
+        "mesa_in1k": row(f"vssd_{size}_e300_with_mesa", mesa, None, either),
+    }
+
+
+def _variant(name: str, weights: Mapping[str, Weights] | None = None, description: str = "", **kwargs: Any) -> Variant:
+    return Variant(
+        name, VSSD, kwargs, KEYS, weights or {}, first_conv="stem.conv1.conv", classifier="head.fc", pool_size=(7, 7),
+        description=description,
+    )  # fmt: skip
+
+
+VARIANTS = [
+    _variant("vssd_micro", _weights("micro", 82.5), depths=(2, 2, 8, 4), dim=48, d_state=48, drop_path_rate=0.2),
+    _variant("vssd_tiny", _weights("tiny", 83.6, 84.1), depths=(2, 4, 8, 4), dim=64, drop_path_rate=0.2),
+    _variant("vssd_small", _weights("small", 84.1, 84.5), depths=(3, 4, 21, 5), dim=64, drop_path_rate=0.4),
+    _variant("vssd_base", _weights("base", 84.7, 85.4),
+             depths=(3, 4, 21, 5), dim=96, heads=(3, 6, 12, 24), drop_path_rate=0.6),
+    _variant("test_vssd", None, "for tests", depths=(1, 1, 1, 1), dim=8, d_state=4),
+]  # fmt: skip
+
+SAME = {"in_chans": "in_chans", "num_classes": "num_classes", "depths": "depths", "embed_dim": "dim",
+        "num_heads": "heads", "d_state": "d_state", "mlp_ratio": "mlp_ratio"}  # fmt: skip
+UNCHANGED = {
+    "patch_size": 4, "simple_downsample": False, "simple_patch_embed": False, "ssd_expansion": 2, "ssd_ngroups": 1,
+    "linear_attn_duality": True, "lepe": False, "bidirection": False, "ssd_positve_dA": True,
+}  # fmt: skip
+INEFFECTIVE = {  # in training only; or, as published, nothing depends on it
+    "drop_rate", "drop_path_rate", "use_checkpoint", "img_size", "image_size", "ssd_chunk_size",
+}  # fmt: skip
+ATTENTION_TYPES = {"mamba2": "duality", "standard": "attention"}
+
+
+def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``VSSD`` for those of the published ``VMAMBA2``."""
+    given = {"depths": (2, 4, 12, 4)} | {key: value for key, value in kwargs.items() if key not in INEFFECTIVE}
+    for key, value in UNCHANGED.items():
+        if given.pop(key, value) != value:
+            raise NotCovered(f"{key}={kwargs[key]!r}")
+    types = given.pop("attn_types", ("mamba2", "mamba2", "mamba2", "standard"))
+    if not set(types) <= set(ATTENTION_TYPES):
+        raise NotCovered(f"attn_types={types!r}")
+    if given.keys() - SAME.keys():
+        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - SAME.keys()))}")
+    return {SAME[key]: value for key, value in given.items()} | {"mixers": [ATTENTION_TYPES[name] for name in types]}
+
+
+def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
+    """``VMAMBA2`` or ``Backbone_VMAMBA2`` of the published code as our model."""
+    name = entry.rpartition(" ")[2]
+    if name not in ("VMAMBA2", "Backbone_VMAMBA2"):
+        raise NotCovered(f"entry {entry!r} is no model of this family")
+    given = dict(kwargs)
+    out_indices = given.pop("out_indices", (0, 1, 2, 3))
+    ours = translate(given)
+    if name == "VMAMBA2":
+        return Published(VSSD(**ours), KEYS, _run_classifier)
+    return Published(StageMaps(VSSD(**{**ours, "num_classes": 0}), out_indices), KEYS, _run_backbone)
+
+
+def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    features, maps = model.forward_intermediates(inputs["x"])
+    return {"logits": model.forward_head(features)} | {f"stage{i}": x for i, x in enumerate(maps)}
+
+
+def _run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"out{i}": x for i, x in zip(model.out_indices, model(inputs["x"]), strict=True)}
