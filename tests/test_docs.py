@@ -1,0 +1,74 @@
+"""README's examples and every docstring example run, and the generated tables are up to date."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import re
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+
+import pytest
+from tree import ROOT, sources
+
+OPTIONAL = {"vssm.data": "lightning", "vssm.tasks": "lightning", "vssm.cli": "lightning"}  # parts that an extra brings
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def examples(page: str) -> list[tuple[str, str]]:
+    """The fenced Python blocks of a page, each with the heading above it."""
+    text, found = (ROOT / page).read_text(encoding="utf-8"), []
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        heading = re.findall(r"^#+ (.*)$", text[: block.start()], re.MULTILINE)[-1]
+        found.append((f"{page}: {heading}", block.group(1)))
+    return found
+
+
+def modules() -> list[str]:
+    """Every module of the package whose extra is installed; Triton's need a GPU build and have no examples."""
+    files = [path.removesuffix(".py").removesuffix("/__init__") for path in sources("scans", "kernels", "vssm")]
+    names = [path.replace("/", ".") for path in files]
+    missing = tuple(part for part, needs in OPTIONAL.items() if not find_spec(needs))
+    return [name for name in names if name != "vssm.__main__" and "triton" not in name and not name.startswith(missing)]
+
+
+@pytest.mark.parametrize("example", examples("README.md"), ids=lambda example: example[0])
+def test_readme_example(example, tmp_path, monkeypatch):
+    """Each block runs by itself in an empty folder and prints what the comments beside its prints say."""
+    heading, code = example
+    monkeypatch.chdir(tmp_path)
+    expected = re.findall(r"^\s*print\(.*\)  # (.*)$", code, re.MULTILINE)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, heading, "exec"), {"__name__": "__main__"})
+    assert printed.getvalue().splitlines() == expected
+
+
+def test_readme_has_five_examples():
+    assert len(examples("README.md")) >= 5
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples(name):
+    """The examples in a module's docstrings hold."""
+    result = doctest.testmod(import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def test_generated_tables_are_up_to_date():
+    """README's model table and docs/models.md are what the zoo says; ``make docs`` writes them."""
+    spec = spec_from_file_location("tools_docs", ROOT / "tools" / "docs.py")
+    docs = module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    readme, page = (ROOT / name for name in ("README.md", "docs/models.md"))
+    assert docs.readme(readme.read_text(encoding="utf-8")) == readme.read_text(encoding="utf-8")
+    assert docs.page() == page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in DOCS)])
+def test_links_lead_somewhere(page):
+    """Links between our pages name files that exist."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
