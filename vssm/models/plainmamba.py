@@ -60,7 +60,9 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.convs(self.stem(x))
-        x = nn.functional.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))
+        # Not -size % p: torch.compile has no such remainder of symbols.
+        bottom, right = (self.patch - 1 - (size - 1) % self.patch for size in x.shape[2:])
+        x = nn.functional.pad(x, (0, right, 0, bottom))
         return self.projection(x)
 
 
