@@ -83,3 +83,19 @@ def scatter(values, out, strides, which, index, by, i, row, t0, length, cells, c
             at = np.uint64(i * strides[which, 0] + row * strides[which, 1] + cell * strides[which, 2] + c0)
             for c in range(w):
                 out[at + np.uint64(c)] += values[j, c]
+
+
+@inlined
+def clear(x):
+    """Fill a matrix with zeros. (``x[:] = 0`` compiles for a second.)"""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            x[i, j] = 0
+
+
+@inlined
+def add(total, x):
+    """Add one matrix to another."""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            total[i, j] += x[i, j]

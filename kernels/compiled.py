@@ -19,7 +19,8 @@ from numba.extending import overload
 log = logging.getLogger(__name__)
 
 # NaN and infinity keep their meaning: neither "nnan" nor "ninf". "reassoc" lets sums run in vector lanes.
-OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy", "no_cfunc_wrapper": True}
+INNER = OPTIONS | {"no_cpython_wrapper": True}  # called by kernels alone: compiles faster
 
 
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
@@ -33,12 +34,12 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
 
 def part(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a part of kernels that is called once in many steps."""
-    return njit(**OPTIONS)(function)
+    return njit(**INNER)(function)
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a part of kernels into its callers. A call costs as much as a step: nine words an array, on the stack."""
-    return njit(forceinline=True, **OPTIONS)(function)
+    return njit(forceinline=True, **INNER)(function)
 
 
 class _Announcer(event.Listener):

@@ -7,6 +7,7 @@ calls from several threads at once, and DataLoader workers.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -15,30 +16,43 @@ from typing import Any
 import torch
 
 GRAIN = 32768  # elements that take a thread about as long as it takes to wake it
+PIECES = 4  # for each thread
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 
 
 def run(kernel: Callable[..., None], jobs: int, *args: Any, work: int | None = None) -> None:
-    """Call ``kernel(start, stop, *args)`` over parts of ``range(jobs)``, one for each of ``torch.get_num_threads()``.
+    """Call ``kernel(start, stop, *args)`` over pieces of ``range(jobs)`` on ``torch.get_num_threads()`` threads.
 
-    The kernel must write the results of different jobs to different places: then they do not depend on the split.
+    The kernel must write the results of different jobs to different places: then they do not depend on who runs what.
+    Threads take pieces as they come free, because torch's own threads keep cores busy for a while after their work.
     ``work`` says how many elements the jobs compute, if these may be too few to be worth another thread.
     """
-    parts = min(torch.get_num_threads(), jobs, jobs if work is None else 1 + work // GRAIN)
-    if parts <= 1:
+    threads = min(torch.get_num_threads(), jobs, jobs if work is None else 1 + work // GRAIN)
+    if threads <= 1:
         kernel(0, jobs, *args)
         return
-    bounds = [jobs * part // parts for part in range(parts + 1)]
-    submit = _executor(parts - 1).submit
-    pending = [submit(kernel, start, stop, *args) for start, stop in pairwise(bounds[1:])]
+    count = min(jobs, PIECES * threads)
+    pieces = deque(pairwise(jobs * piece // count for piece in range(count + 1)))
+
+    def take_pieces() -> None:
+        while True:
+            try:
+                start, stop = pieces.popleft()
+            except IndexError:
+                return
+            kernel(start, stop, *args)
+
+    submit = _executor(threads - 1).submit
+    pending = [submit(take_pieces) for _ in range(threads - 1)]
     try:
-        kernel(bounds[0], bounds[1], *args)
+        take_pieces()
     finally:  # nobody may free the arguments while a thread still writes to them
-        for future in pending:
+        running = [future for future in pending if not future.cancel()]
+        for future in running:
             future.exception()
-    for future in pending:
+    for future in running:
         future.result()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vssm.kernels import threads
-from vssm.kernels.cells import blocks_of, flat, gather, in_dtype, job_of, scatter, strides_of
+from vssm.kernels.cells import add, blocks_of, clear, flat, gather, in_dtype, job_of, scatter, strides_of
 from vssm.kernels.compiled import compiled, inlined, part, sigmoid, silu_slope
 from vssm.kernels.conv1d.problem import Problem
 
@@ -48,7 +48,7 @@ def backward(p: Problem, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | No
 
 
 def _arguments(p: Problem, y: Tensor, together: int, grad_x: Tensor | None = None) -> tuple[int, int, tuple]:
-    """How many jobs there are, of ``together`` rows each, how many products, and the arguments that both kernels take."""
+    """The number of jobs of ``together`` rows, the number of products, and the arguments of both kernels."""
     width, blocks = blocks_of(p.d, WIDTH)
     jobs = p.b * (p.k // together) * blocks
     x = in_dtype(p.x, y.dtype)
@@ -150,8 +150,8 @@ def _backward(start, stop, sizes, strides, x, grad_y, weight, bias, first, table
         for row in range(row0, row0 + together):
             _parameters(row, c0, w, strides, weight, bias, taps, shift)
             own = (i * k + row) * d + c0
-            totals[:] = 0
-            g[:] = 0
+            clear(totals)
+            clear(g)
             for t0 in range((steps - 1) // chunk * chunk, -1, -chunk):
                 length = min(steps - t0, chunk)
                 if t0 == 0:
@@ -175,14 +175,14 @@ def _backward(start, stop, sizes, strides, x, grad_y, weight, bias, first, table
                         for c in range(w):
                             dx[j, c] += grad_last[(own + c) * before + m]
                 scatter(dx, gx, strides, GX, table, TABLE, i, row, t0, length, cells, c0, w)
-                sums[:] = 0
+                clear(sums)
                 for j in range(length):
                     for tap in range(taps_):
                         for c in range(w):
                             sums[tap, c] += g[j, c] * xs[j + tap, c]
                     for c in range(w):
                         sums[taps_, c] += g[j, c]
-                totals += sums
+                add(totals, sums)
             for c in range(w):
                 at = own + c
                 for tap in range(taps_):

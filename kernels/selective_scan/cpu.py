@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vssm.kernels import threads
-from vssm.kernels.cells import blocks_of, flat, gather, in_dtype, inside, job_of, scatter, strides_of
+from vssm.kernels.cells import add, blocks_of, clear, flat, gather, in_dtype, inside, job_of, scatter, strides_of
 from vssm.kernels.compiled import compiled, exp, inlined, part, softplus, softplus_slope
 from vssm.kernels.selective_scan.problem import Problem
 from vssm.kernels.selective_scan.rows import gate, operand_grad, ungate
@@ -209,8 +209,9 @@ def _forward(
                 length = min(steps - t0, CHUNK)
                 if states.size:
                     for s in range(n):
-                        at = ((own * chunks + t0 // CHUNK) * n + s) * d + c0
-                        states[at : at + w] = h[s, :w]
+                        at = np.uint64(((own * chunks + t0 // CHUNK) * n + s) * d + c0)
+                        for c in range(w):
+                            states[at + np.uint64(c)] = h[s, c]
                 gather(u, strides, U, table, TABLE, i, row, t0, length, cells, c0, w, ut)
                 gather(delta, strides, DELTA, read, READ, i, row, t0, length, entries, c0, w, dt)
                 gather(B, strides, B_, read, READ, i, row, t0, length, entries, 0, n, Bt)
@@ -246,7 +247,7 @@ def _backward(
         for row in range(row0, row0 + together):
             _parameters(row, c0, w, n, strides, A, D, bias, rate, skip, shift)
             own = i * k + row
-            totals[:] = 0
+            clear(totals)
             for c in range(w):
                 for s in range(n):
                     g[s, c] = grad_last[(own * d + c0 + c) * n + s]
@@ -254,8 +255,9 @@ def _backward(
                 t0 = chunk * CHUNK
                 length = min(steps - t0, CHUNK)
                 for s in range(n):
-                    at = ((own * chunks + chunk) * n + s) * d + c0
-                    h[s, :w] = states[at : at + w]
+                    at = np.uint64(((own * chunks + chunk) * n + s) * d + c0)
+                    for c in range(w):
+                        h[s, c] = states[at + np.uint64(c)]
                 gather(u, strides, U, table, TABLE, i, row, t0, length, cells, c0, w, ut)
                 gather(delta, strides, DELTA, read, READ, i, row, t0, length, entries, c0, w, dt)
                 gather(B, strides, B_, read, READ, i, row, t0, length, entries, 0, n, Bt)
@@ -265,13 +267,13 @@ def _backward(
                     _slopes(j, w, dt, shift, positive, slope)
                     _step_sizes(j, w, dt, shift, positive)
                     _advance_and_keep(j, w, dt, ut, Bt, rate, h, x, factor, decayed)
-                sums[:] = 0
+                clear(sums)
                 for j in range(length - 1, -1, -1):
                     at = ((own * blocks + c0 // width) * steps + t0 + j) * n
                     _retreat(
                         j, w, dt, ut, x, dy, skip, slope, Bt, Ct, rate, factor, decayed, g, dx, ddt, sums, at, gB, gC
                     )
-                totals += sums
+                add(totals, sums)
                 scatter(dx, gu, strides, GU, table, TABLE, i, row, t0, length, cells, c0, w)
                 scatter(ddt, gdelta, strides, GDELTA, read, READ, i, row, t0, length, entries, c0, w)
             for c in range(w):

@@ -61,7 +61,7 @@ class PatchStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.convs(self.stem(x))
         # Not -size % p: torch.compile has no such remainder of symbols.
-        bottom, right = (self.patch - 1 - (size - 1) % self.patch for size in x.shape[2:])
+        bottom, right = (self.patch - 1 - (size - 1) % self.patch for size in (x.shape[2], x.shape[3]))
         x = nn.functional.pad(x, (0, right, 0, bottom))
         return self.projection(x)
 
