@@ -46,21 +46,13 @@ class Problem:
     @property
     def k(self) -> int:
         """Rows, as the first operand that has the axis says; 1 if none has."""
-        return self._k or 1
-
-    @property
-    def _k(self) -> int | None:
-        for x, axis, dims in (
-            (self.table, -2, None),
-            (self.write, -2, None),
-            (self.x, 1, 4),
-            (self.weight, 0, 3),
-            (self.bias, 0, 2),
-            (self.initial_state, 1, None),
-        ):
-            if x is not None and dims in (None, x.dim()):
+        for index in (self.table, self.write):
+            if index is not None:
+                return index.shape[-2]
+        for x, dims, axis in ((self.x, 4, 1), (self.weight, 3, 0), (self.bias, 2, 0)):
+            if x is not None and x.dim() == dims:
                 return x.shape[axis]
-        return None
+        return 1
 
     @property
     def l(self) -> int:  # noqa: E743 - the paper's letter

@@ -33,12 +33,14 @@ def backward(p: Problem, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | No
         grad_steps[:, :, tap : tap + t].addcmul_(g, weight[:, None, :, tap])
     grad_weight = torch.stack([(g * steps[:, :, tap : tap + t]).sum((0, 2)) for tap in range(p.w)], -1)
     before, inside = grad_steps[:, :, : p.w - 1], grad_steps[:, :, p.w - 1 :]
-    grad_x = put(inside, p.rows("table"), p.l, p.revisits)
+    grad_x = put(inside, p.rows("table"), p.l, p.revisits).contiguous()
     return (
         (grad_x if p.x.dim() == 4 else grad_x.sum(1)).to(p.x.dtype),
         grad_weight if p.weight.dim() == 3 else grad_weight.sum(0),
         None if p.bias is None else g.sum((0, 2)) if p.bias.dim() == 2 else g.sum((0, 1, 2)),
-        None if p.initial_state is None else before.transpose(-1, -2).to(p.x.dtype).contiguous(),
+        None
+        if p.initial_state is None
+        else torch.empty_like(p.initial_state, memory_format=torch.contiguous_format).copy_(before.transpose(-1, -2)),
     )
 
 

@@ -1,0 +1,297 @@
+"""The selective scan on GPUs, in Triton: equations, plans and launches.
+
+For one row, with p, q, o the cells of step t, s[t] = delta[q] (after bias and softplus), a[t] = exp(s[t] A) per channel
+and state, and zero wherever a cell is padding:
+
+    forward     h[t] = a[t] h[t-1] + s[t] u[p] B[q]              y[o] += sum_n C[q] h[t] + D u[p]
+    adjoint     e[t] = a[t+1] e[t+1] + C[q] g[t]                 g[t] = dy[o], e[T] = dh[last]
+    gradients   dC[q] += sum_d g[t] h[t]                         dB[q] += sum_d e[t] s[t] u[p]
+                w[t] = sum_n e[t] B[q]                           x[t] = a[t] e[t] h[t-1]
+                du[p] += s[t] w[t] + D g[t]                      ds[t] = u[p] w[t] + sum_n A x[t]
+                dA += s[t] x[t]      dD += g[t] u[p]             dbias += ddelta[q] = ds[t] softplus'(delta[q] + bias)
+
+Both recurrences are linear, so a row may be cut into chunks that run in parallel: each chunk finds where it ends when
+it starts from zero; a pass over the chunks, whose decays are exp(A sum s), turns these ends into starts; each chunk
+then runs again from its start. Rows that already fill the device are not cut.
+
+Nothing is added atomically. A program writes to its own cells only, which takes a promise (``revisits=False``) that no
+row visits a cell twice; otherwise, and wherever rows are summed, steps leave their parts in step order and
+``sum_visits`` adds those of a cell in a fixed order.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vssm.kernels.selective_scan.problem import Problem
+from vssm.kernels.selective_scan.triton_backward import chunk_adjoints, gradients
+from vssm.kernels.selective_scan.triton_forward import chunk_ends, outputs, pass_states
+from vssm.kernels.triton_launch import (
+    LARGE,
+    Visits,
+    cdiv,
+    clear_unvisited,
+    index_strides,
+    launch,
+    on,
+    parameter_grad,
+    power_of_2,
+    processors,
+    same,
+    strides,
+    sum_by_cell,
+    visits,
+)
+from vssm.kernels.triton_shared import ungate
+
+
+class Plan(NamedTuple):
+    """How rows are laid on the device: a program has block_n x block_d states and ``steps`` steps in flight."""
+
+    block_n: int
+    block_d: int
+    steps: int
+    warps: int
+    registers: int | None
+    chunk: int
+    chunks: int
+    programs: int  # backward: programs that share the chunks
+
+
+@lru_cache(maxsize=1024)
+def plan(b: int, k: int, t: int, d: int, n: int, units: int, backward: bool) -> Plan:
+    """Tiles by the number of states; chunks so that the programs fill the device.
+
+    A thread holds 16 states where a channel has that many (more would leave too few registers for the steps in flight);
+    a warp reads 128 channels where a channel has one state, which is bound by memory. Measured on an H100, 12 warps a
+    multiprocessor with 168 registers, or 16 with 128, are faster than fewer that keep everything in registers.
+    """
+    block_n = power_of_2(n)
+    block_d = 128 if block_n == 1 and d > 64 else 64 if block_n == 1 and d > 32 else 32
+    warps = max(1, min(8, block_n // 16))
+    steps = 2 if backward else 4
+    resident = 16 if block_n == 1 else 12
+    registers = None if block_n > 16 else 128 if block_n == 1 else 168
+    rows = b * k * cdiv(d, block_d)
+    pieces = max(1, min(units * resident // warps // rows, cdiv(t, interval(n))))
+    chunk = cdiv(cdiv(t, pieces), interval(n)) * interval(n)
+    chunks = cdiv(t, chunk)
+    # The scratch of the backward stays below four times b k t d, and below what is resident on the device.
+    room = 4 * b * k * t * d // (interval(n) // 2 * block_n * block_d)
+    programs = max(1, min(rows * chunks, units * resident // warps, room))
+    return Plan(block_n, block_d, steps, warps, registers, chunk, chunks, programs)
+
+
+def interval(n: int) -> int:
+    """Steps between the states that the forward keeps; up to 32 states they take 2 bytes a step and channel at most."""
+    return max(16, min(64, 2 * power_of_2(n)))
+
+
+def saved_shape(b: int, k: int, t: int, d: int, n: int) -> tuple[int, ...]:
+    """Shape of the states that the backward starts its intervals from."""
+    return b, k, (t + interval(n) - 1) // interval(n), n, d
+
+
+def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, last state, and with ``save`` every ``interval``-th state and y before the gate."""
+    b, k, l, r, m, t, d, n = p.b, p.k, p.l, p.r, p.m, p.t, p.d, p.n
+    how = plan(b, k, t, d, n, processors(p.u.device), False)
+    tile = _tile(how, p, p.z)
+    new, programs = p.A.new_empty, cdiv(d, how.block_d) * k * how.chunks * b
+
+    direct = (not p.merge or k == 1) and (p.write is None or not p.revisits)
+    keep = save and p.z is not None
+    # Cells that no step visits are zero: in large outputs they are looked for, small ones are zeroed before.
+    visited = p.write is None or not direct
+    search = not visited and b * k * m * d >= LARGE
+    make = p.u.new_empty if visited or search else p.u.new_zeros
+    y = make(p.y_shape if direct else (b, k, t, d))
+    ungated = make(p.y_shape) if keep and direct else None
+    states = new(saved_shape(b, k, t, d, n)) if save else None
+    last = new((b, k, d, n))
+    write, z = (p.write, p.z) if direct else (None, None)
+    read_table, write_table = same(p.read, p.table) and r == l, same(write, p.table) and (write is None or m == l)
+    A, D, bias = _parameters(p)
+    z_b, _, z_m = strides(z)
+
+    with on(p.u.device):
+        initial = p.initial_state
+        if how.chunks > 1:
+            ends, totals, starts = (
+                new((b, k, how.chunks, n, d)),
+                new((b, k, how.chunks, d)),
+                new((b, k, how.chunks, n, d)),
+            )
+            launch(
+                chunk_ends, programs,
+                (p.u, p.delta, p.A, p.B, p.delta_bias, p.table, p.read, ends, totals,
+                 *strides(p.u), *strides(p.delta), *strides(p.B), *A, bias,
+                 *index_strides(p.table), *index_strides(p.read), k, l, r, t, d, n, how.chunk, how.chunks),
+                dict(SOFTPLUS=p.delta_softplus, READ_TABLE=read_table) | tile, how.warps, how.registers,
+            )  # fmt: skip
+            _pass_states(ends, totals, p, initial, starts, False)
+            initial = starts
+        launch(
+            outputs, programs,
+            (p.u, p.delta, p.A, p.B, p.C, p.D, z, p.delta_bias, p.table, p.read, write, initial,
+             y, ungated, last, states,
+             *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), z_b, z_m, *A, D, bias,
+             *index_strides(p.table), *index_strides(p.read), *index_strides(write), *strides(p.initial_state),
+             k, l, r, m if direct else t, t, d, n, how.chunk, how.chunks, interval(n)),
+            dict(CHUNKED=how.chunks > 1, SOFTPLUS=p.delta_softplus, READ_TABLE=read_table,
+                 WRITE_TABLE=write_table) | tile,
+            how.warps, how.registers,
+        )  # fmt: skip
+        if not direct:
+            parts, y = y, p.u.new_empty(p.y_shape)
+            ungated = p.u.new_empty(p.y_shape) if keep else None
+            sum_by_cell(parts, visits(p.write, m, p.revisits), y, z=p.z, ungated=ungated)
+        elif search:
+            found = visits(p.write, m, False)
+            clear_unvisited(y, found)
+            if ungated is not None:
+                clear_unvisited(ungated, found)
+    return y, last, new(0) if states is None else states, new(0) if ungated is None else ungated
+
+
+def backward(
+    p: Problem, grad_y: Tensor, grad_last: Tensor, states: Tensor, ungated: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state."""
+    b, k, l, r, m, t, d, n = p.b, p.k, p.l, p.r, p.m, p.t, p.d, p.n
+    how = plan(b, k, t, d, n, processors(p.u.device), True)
+    tile = _tile(how, p, grad_y)
+    new, blocks = p.A.new_empty, cdiv(d, how.block_d)
+    works = blocks * k * how.chunks * b
+    read_table, write_table, write_read = (
+        same(p.read, p.table) and r == l,
+        same(p.write, p.table) and m == l,
+        same(p.write, p.read) and m == r,
+    )
+    A, D, bias = _parameters(p)
+
+    def destination(x: Tensor, index: Tensor | None) -> tuple[Tensor, bool]:
+        """Where a row's gradient of ``x`` goes: into its cells, or in step order to be summed."""
+        by_cell = (x.dim() == 4 or k == 1) and (index is None or not p.revisits)
+        make = torch.zeros if by_cell and index is not None and x.numel() < LARGE else torch.empty
+        return make(x.shape if by_cell else (b, k, t, d), dtype=x.dtype, device=x.device), by_cell
+
+    with on(p.u.device):
+        g, dz = (grad_y, None) if p.z is None else _ungate(p, grad_y, ungated)
+        if how.chunks == 1:
+            carried = grad_last.transpose(2, 3).contiguous()
+        else:
+            ends, totals, carried = (
+                new((b, k, how.chunks, n, d)),
+                new((b, k, how.chunks, d)),
+                new((b, k, how.chunks, n, d)),
+            )
+            launch(
+                chunk_adjoints, works,
+                (p.delta, p.A, p.C, p.delta_bias, p.read, p.write, g, ends, totals,
+                 *strides(p.delta), *strides(p.C), *strides(g), *A, bias,
+                 *index_strides(p.read), *index_strides(p.write), k, r, m, t, d, n, how.chunk, how.chunks),
+                dict(SOFTPLUS=p.delta_softplus, WRITE_READ=write_read) | tile, how.warps, how.registers,
+            )  # fmt: skip
+            _pass_states(ends, totals, p, grad_last, carried, True)
+        du, du_cells = destination(p.u, p.table)
+        ddelta, ddelta_cells = destination(p.delta, p.read)
+        dBC = new((b, k, t, blocks, 2 * n))
+        dparameters = new((b * how.chunks, k, n + 2, d))
+        dinitial = None if p.initial_state is None else new((b, k, d, n))
+        scratch = new(how.programs * (interval(n) // how.steps) * how.block_n * how.block_d)
+        launch(
+            gradients, how.programs,
+            (p.u, p.delta, p.A, p.B, p.C, p.D, p.delta_bias, p.table, p.read, p.write, g, states, carried,
+             du, ddelta, dBC, dparameters, dinitial, scratch,
+             *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), *strides(g), *A, D, bias,
+             *index_strides(p.table), *index_strides(p.read), *index_strides(p.write),
+             k, l, r, m, t, d, n, how.chunk, how.chunks, interval(n), works),
+            dict(SOFTPLUS=p.delta_softplus, READ_TABLE=read_table, WRITE_TABLE=write_table, DU_CELLS=du_cells,
+                 DDELTA_CELLS=ddelta_cells) | tile,
+            how.warps, how.registers,
+        )  # fmt: skip
+
+        by_read = visits(p.read, r, p.revisits)
+        by_table = by_read if read_table else visits(p.table, l, p.revisits)
+        du = _by_cell(du, p.u, p.table, by_table, du_cells)
+        ddelta = _by_cell(ddelta, p.delta, p.read, by_read, ddelta_cells)
+        dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.B, p.C))
+        if p.B.dim() == p.C.dim():
+            sum_by_cell(dBC, by_read, dB, out_2=dC)
+        else:
+            sum_by_cell(dBC[..., :n].contiguous(), by_read, dB)
+            sum_by_cell(dBC[..., n:].contiguous(), by_read, dC)
+        summed = dparameters.sum(0)  # (k, n + 2, d)
+    dA = parameter_grad(summed[:, :n].transpose(1, 2), p.A, 3)
+    dD, dbias = parameter_grad(summed[:, n], p.D, 2), parameter_grad(summed[:, n + 1], p.delta_bias, 2)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+
+
+def _by_cell(grad: Tensor, x: Tensor, index: Tensor | None, found: Visits, cells: bool) -> Tensor:
+    """The gradient of ``x`` from what steps left: summed, or by cell already and, if large, zeroed where none went."""
+    if not cells:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        sum_by_cell(grad, found, out)
+        return out
+    if index is not None and x.numel() >= LARGE:
+        clear_unvisited(grad, found)
+    return grad
+
+
+def _ungate(p: Problem, grad_y: Tensor, ungated: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of y before its gate and of z."""
+    assert p.z is not None
+    g = torch.empty(p.y_shape, dtype=torch.float32, device=grad_y.device)  # rounded, it spoils the sums of dA
+    dz = torch.empty(p.z.shape, dtype=p.z.dtype, device=p.z.device)
+    unit = min(p.d & -p.d, 8)
+    block_d = min(power_of_2(p.d), 128)
+    block_m = 1024 // block_d
+    z_b, _, z_m = strides(p.z)
+    launch(
+        ungate, cdiv(p.d, block_d) * cdiv(p.m, block_m) * p.b,
+        (grad_y, p.z, ungated, g, dz, *strides(grad_y), z_b, z_m, p.m, p.d // unit),
+        dict(K=1 if p.merge else p.k, UNIT=unit, BLOCK_M=block_m, BLOCK_D=block_d), 4,
+    )  # fmt: skip
+    return g, dz
+
+
+def _pass_states(
+    ends: Tensor, totals: Tensor, p: Problem, initial: Tensor | None, starts: Tensor, reverse: bool
+) -> None:
+    b, k, chunks, n, d = ends.shape
+    A, _, _ = _parameters(p)
+    launch(
+        pass_states, cdiv(d, 32) * k * n * b,
+        (ends, totals, p.A, initial, starts, *A, *strides(initial), k, d, n, chunks),
+        dict(REVERSE=reverse, BLOCK_C=16, BLOCK_D=32, EXACT=_exact(p)), 1,
+    )  # fmt: skip
+
+
+def _tile(how: Plan, p: Problem, *others: Tensor | None) -> dict[str, int | bool]:
+    """The constants that all kernels of the recurrence share.
+
+    VEC is the number of neighbouring channels that a thread loads at once: what it holds, if all strides allow it.
+    """
+    width = how.block_d // 32
+    whole = all(
+        x is None or (p.d % width == 0 and all(s % width == 0 for s in x.stride()[:-1]))
+        for x in (p.u, p.delta, *others)
+    )
+    return dict(BLOCK_N=how.block_n, BLOCK_D=how.block_d, STEPS=how.steps, VEC=width if whole else 1, EXACT=_exact(p))
+
+
+def _exact(p: Problem) -> bool:
+    """Whether exponentials must be better than the hardware's 2e-7, which adds up over long memories."""
+    return p.u.dtype == torch.float32
+
+
+def _parameters(p: Problem) -> tuple[tuple[int, int, int], int, int]:
+    """Strides of A by row (0 if shared), channel and state, and of D and delta_bias by row."""
+    A = p.A.stride(0) if p.A.dim() == 3 else 0, p.A.stride(-2), 1
+    D, bias = (x.stride(0) if x is not None and x.dim() == 2 else 0 for x in (p.D, p.delta_bias))
+    return A, D, bias

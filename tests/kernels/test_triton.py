@@ -1,0 +1,236 @@
+"""What only the Triton backends do: chunks, large outputs, other GPUs, graphs, and no second compilation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import conv_inputs, rounded, scan_inputs, value_and_grads
+from tolerance import TOLERANCE, error
+from torch import Tensor
+
+from vssm.kernels import causal_conv1d, selective_scan
+
+ROOT = Path(__file__).resolve().parents[2]
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CHUNKED = (1, 2, 2100, 33, 16)  # few channels and many steps: rows are cut into chunks
+
+
+def triton_release() -> tuple[int, ...]:
+    """(3, 8) of Triton 3.8.0; (0, 0) where there is none."""
+    try:
+        return tuple(int(number) for number in version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return (0, 0)
+
+
+def permutations(k: int, l: int) -> Tensor:
+    return torch.stack([torch.randperm(l) for _ in range(k)]).int()
+
+
+def on_gpu(inputs: dict[str, Tensor], options: dict, device: str = "cuda") -> dict[str, Tensor]:
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    op = partial(selective_scan, backend="triton")
+    return value_and_grads(op, {name: x.to(device) for name, x in inputs.items()}, **options)
+
+
+def defined(inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
+    op = partial(selective_scan, backend="reference")
+    return value_and_grads(op, {name: x.double() for name, x in inputs.items()}, **options)
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in expected.items():
+        rounding = error(value.to(actual[name].dtype), value)
+        assert error(actual[name], value) < tolerance + rounding, name
+
+
+INTERPRETED = """
+import os, sys
+sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
+import torch
+from importlib import import_module
+from kernel_cases import conv_inputs, scan_inputs
+from tolerance import error
+from vssm.kernels.conv1d.problem import Problem as Conv
+from vssm.kernels.selective_scan.problem import Problem as Scan
+
+def check(op, problem, names, inputs, **rest):
+    compiled, definition = (import_module(f"vssm.kernels.{op}.{name}") for name in ("triton", "reference"))
+    single = {name: x.float() for name, x in inputs.items()}
+    double = {name: x.double().requires_grad_() for name, x in single.items()}
+    p = problem(**single, **rest)
+    expected = getattr(definition, {"conv1d": "causal_conv1d"}.get(op, op))(problem(**double, **rest))
+    weights = [torch.randn(x.shape) for x in expected]
+    grads = dict(zip(double, torch.autograd.grad(expected, list(double.values()), [w.double() for w in weights])))
+    y, last, *saved = compiled.forward(p, True) if op == "selective_scan" else compiled.forward(p)
+    actual = dict(zip(names, compiled.backward(p, *weights, *saved)))
+    assert error(y, expected[0]) < 1e-5 and error(last, expected[1]) < 1e-5
+    for name, grad in grads.items():
+        assert error(actual[name], grad) < 1e-5, name
+
+torch.manual_seed(0)
+scan = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+once = torch.stack([torch.randperm(7), torch.randperm(7)]).int()
+again = torch.randint(-1, 8, (2, 2, 9)).int()
+rest = dict(table=once, read=once, write=once, delta_softplus=True, merge=True, revisits=False)
+check("selective_scan", Scan, scan, scan_inputs(2, 2, 7, 5, 3, shared="u z"), **rest)
+rest = dict(table=again, read=again, write=again, delta_softplus=True, merge=False, revisits=True)
+check("selective_scan", Scan, scan, scan_inputs(2, 2, 7, 5, 1, shared="B C"), **rest)
+rest = dict(table=once, write=once, silu=True, revisits=False)
+check("conv1d", Conv, ("x", "weight", "bias", "initial_state"), conv_inputs(2, 2, 7, 5, 4, shared="x"), **rest)
+"""
+
+
+@pytest.mark.skipif(triton_release() < (3, 7), reason="needs Triton 3.7: the interpreter before fails with NumPy 2.5")
+def test_kernels_agree_with_the_definition_in_tritons_interpreter():
+    """Without a GPU; in a process of its own, since Triton decides at its import."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", INTERPRETED]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_chunks_agree_with_the_definition(dtype):
+    inputs = rounded(scan_inputs(*CHUNKED), dtype)
+    table = permutations(2, 2100)
+    options = dict(delta_softplus=True, table=table, revisits=False)
+    assert_close(on_gpu(inputs, options), defined(inputs, **options), TOLERANCE[dtype])
+
+
+@gpu
+def test_rows_of_different_kinds_in_one_call():
+    """Mixed dtypes, strided views of one projection, an expanded input, parameters read by step."""
+    b, k, l, d, n = 3, 2, 200, 36, 8
+    inputs = scan_inputs(b, k, l, d, n, shared="u A")
+    projection = torch.randn(b, k, l, 2 * n + 5, dtype=torch.bfloat16)
+    inputs = {name: x.float() for name, x in inputs.items()}
+    inputs["delta"] = inputs["delta"].half()
+    inputs["B"], inputs["C"] = projection[..., 5 : 5 + n], projection[..., 5 + n :]
+    inputs["u"] = inputs["u"][:1].expand(b, l, d)
+    options = dict(delta_softplus=True, table=torch.randint(0, l + 1, (b, k, l)), read="steps", merge="sum")
+    moved = {name: x.cuda() for name, x in inputs.items()}
+    moved["B"], moved["C"] = projection.cuda()[..., 5 : 5 + n], projection.cuda()[..., 5 + n :]
+    assert_close(on_gpu(moved, options), defined(inputs, **options), TOLERANCE[torch.bfloat16])
+
+
+@gpu
+@pytest.mark.parametrize("revisits", [False, True])
+def test_results_repeat_bit_for_bit(revisits):
+    inputs = rounded(scan_inputs(2, 4, 500, 96, 4, shared="u B"), torch.bfloat16)
+    table = torch.randint(0, 500, (4, 700)) if revisits else permutations(4, 500)
+    options = dict(delta_softplus=True, table=table, merge="sum", revisits=revisits)
+    first, second = (on_gpu(inputs, options) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@gpu
+@pytest.mark.parametrize("large", [0, 2**40], ids=["searched", "zeroed"])
+def test_cells_that_no_step_visits_are_zero(large, monkeypatch):
+    monkeypatch.setattr(import_module("vssm.kernels.selective_scan.triton"), "LARGE", large)
+    inputs = rounded(scan_inputs(2, 2, 50, 20, 4), torch.float32)
+    options = dict(delta_softplus=True, table=permutations(2, 50)[:, :30], revisits=False)
+    assert_close(on_gpu(inputs, options), defined(inputs, **options), TOLERANCE[torch.float32])
+
+
+@gpu
+def test_many_rows_pass_the_limit_of_a_grid_dimension():
+    inputs = rounded(scan_inputs(70_000, 1, 3, 2, 1), torch.float32)
+    options = dict(delta_softplus=True)
+    assert_close(on_gpu(inputs, options), defined(inputs, **options), TOLERANCE[torch.float32])
+
+
+@gpu
+def test_another_length_compiles_nothing():
+    from triton import knobs
+
+    compiled = []
+    knobs.runtime.jit_post_compile_hook = lambda **found: compiled.append(found["repr"])
+
+    def run(l: int) -> None:
+        on_gpu(rounded(scan_inputs(2, 1, l, 32, 16), torch.float32), dict(delta_softplus=True))
+
+    try:
+        run(200)
+        compiled.clear()
+        run(208)
+        run(333)
+        assert not compiled
+    finally:
+        knobs.runtime.jit_post_compile_hook = None
+
+
+@gpu
+def test_float64_is_refused():
+    x = torch.ones(1, 2, 1, device="cuda", dtype=torch.float64)
+    with pytest.raises(ValueError, match="float64"):
+        selective_scan(x, x, -x[0, :1], x, x, backend="triton")
+
+
+@gpu
+def test_a_cuda_graph_replays_the_scan():
+    inputs = {name: x.float().cuda() for name, x in scan_inputs(2, 2, 100, 40, 4).items()}
+    run = partial(selective_scan, **inputs, delta_softplus=True, table=permutations(2, 100).cuda(), revisits=False)
+    expected, _ = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = run()
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_inputs_may_lie_on_a_gpu_that_is_not_the_current_one():
+    inputs = rounded(scan_inputs(2, 2, 90, 20, 4), torch.float32)
+    options = dict(delta_softplus=True, table=permutations(2, 90))
+    actual = on_gpu(inputs, options, "cuda:1")
+    assert actual["y"].device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert_close(actual, defined(inputs, **options), TOLERANCE[torch.float32])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("revisits", [False, True])
+def test_the_convolution_agrees_with_the_definition(dtype, revisits):
+    inputs = rounded(conv_inputs(2, 3, 150, 70, 4, shared="x bias"), dtype)
+    table = torch.randint(0, 151, (2, 3, 200)) if revisits else permutations(3, 150)
+    options = dict(activation="silu", table=table, revisits=revisits)
+    double = {name: x.double() for name, x in inputs.items()}
+    expected = value_and_grads(partial(causal_conv1d, backend="reference"), double, **options)
+    moved = {name: x.cuda() for name, x in inputs.items()}
+    options["table"] = table.cuda()
+    first, second = (value_and_grads(partial(causal_conv1d, backend="triton"), moved, **options) for _ in range(2))
+    assert_close(first, expected, TOLERANCE[dtype])
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@gpu
+@pytest.mark.bigindex
+def test_more_elements_than_an_int_counts_agree_with_the_scan_in_pieces():
+    """Only the forward: with its gradients it would not fit 80 GB."""
+    l, d, pieces = 2**24, 136, 4  # 2.3e9 elements
+    u, delta = (torch.empty(1, l, d, device="cuda", dtype=torch.bfloat16).uniform_(-1, 1) for _ in range(2))
+    B, C = (torch.empty(1, l, 1, device="cuda", dtype=torch.bfloat16).uniform_(-1, 1) for _ in range(2))
+    A = torch.full((d, 1), -1.0, device="cuda")
+    run = partial(selective_scan, A=A, delta_softplus=True, backend="triton")
+    with torch.no_grad():
+        y, last = run(u, delta, B=B, C=C)
+        state = None
+        for i in range(pieces):
+            part = slice(i * l // pieces, (i + 1) * l // pieces)
+            expected, state = run(u[:, part], delta[:, part], B=B[:, part], C=C[:, part], initial_state=state)
+            assert (y[:, ..., part, :].float() - expected.float()).abs().max() < 0.05
+    assert error(last.flatten(), state.flatten()) < 1e-4

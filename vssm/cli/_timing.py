@@ -1,0 +1,77 @@
+"""Timing on a GPU: medians of device time, over inputs that change, with or without the cost of launching."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+SHORT_MS = 0.1  # below this, a call is timed as a replay of a CUDA graph: its launches would be measured instead
+
+
+class Timing(NamedTuple):
+    """Milliseconds a call: as a user launches it (median, 10th and 90th percentile), and replayed from a CUDA graph."""
+
+    eager: float
+    low: float
+    high: float
+    device: float
+
+    @property
+    def ms(self) -> float:
+        """What is compared with published figures: launches included, except where there would be little else."""
+        return self.device if self.device < SHORT_MS else self.eager
+
+
+def timed(call: Callable[[Any], object], inputs: Sequence[Any], *, seconds: float = 0.4) -> Timing:
+    """Time ``call`` over ``inputs`` in turn, so that one call does not find its inputs in the cache."""
+    for x in inputs:  # compiles, and warms the allocator
+        call(x)
+    eager = _measure(lambda: [call(x) for x in inputs], len(inputs), seconds)
+    graph = captured(lambda: [call(x) for x in inputs])
+    replayed = _measure(graph.replay, len(inputs), seconds)
+    return Timing(
+        statistics.median(eager), eager[len(eager) // 10], eager[-1 - len(eager) // 10], statistics.median(replayed)
+    )
+
+
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """``call`` as a CUDA graph; its launches cost nothing when it is replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def _measure(call: Callable[[], object], count: int, seconds: float) -> list[float]:
+    """Sorted milliseconds of one of ``count`` calls."""
+    call()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(times) < 5 or (len(times) < 200 and time.perf_counter() < stop):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / count)
+    return sorted(times)
+
+
+def peak_megabytes(call: Callable[[], object]) -> float:
+    """Device memory that ``call`` takes at its peak beyond what is held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - held) / 1e6

@@ -1,0 +1,329 @@
+"""Time the scan, its scan orders and whole models on a GPU, beside published figures and the hardware's floor.
+
+``kernels`` runs the suite of selective scans whose CUDA figures are known, forward, and forward with backward.
+``scans`` runs the same sizes along raster, Hilbert and random tables. ``models`` runs inference and training steps of
+classifiers. A table is printed; ``--json`` keeps it with device and versions, ``--plot`` draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vssm.cli._timing import Timing, peak_megabytes, timed
+
+CACHE_BYTES = 150e6  # inputs are rotated until they are three times as large as the cache of an H100
+
+
+class Case(NamedTuple):
+    """A selective scan, and what the published CUDA path takes for it on an H100, milliseconds."""
+
+    b: int
+    k: int
+    d: int
+    grid: tuple[int, ...]
+    n: int
+    gate: bool
+    peer_forward: float
+    peer_both: float
+    floor: float  # forward: the larger of bytes over 3.0 TB/s and exponentials over 4e12 a second
+
+
+# bf16 inputs, H100 80GB, torch 2.11. Peers: mamba_ssm's selective_scan_cuda for k = 1; for k = 4 VMamba's core, forward
+# cross-scan + selective_scan_cuda_oflex + cross-merge, with backward the scan alone.
+SUITE = {
+    "vim_t_224": Case(64, 1, 384, (197,), 16, True, 0.206, 0.829, 0.02),
+    "vim_t_1248": Case(4, 1, 384, (6085,), 16, True, 0.303, 1.559, 0.04),
+    "vim_s_512": Case(32, 1, 768, (1025,), 16, True, 1.374, 6.156, 0.10),
+    "vmamba_v0_s1": Case(64, 4, 192, (56, 56), 16, False, 6.366, 25.663, 0.62),
+    "vmamba_s1": Case(64, 4, 96, (56, 56), 1, False, 1.076, 1.976, 0.08),
+    "vmamba_s3": Case(64, 4, 384, (14, 14), 1, False, 0.229, 0.606, 0.02),
+    "vmamba_seg512_s1": Case(8, 4, 96, (128, 128), 1, False, 0.564, 0.716, 0.05),
+    "mambair": Case(8, 4, 120, (64, 64), 16, False, 0.398, 1.486, 0.06),
+    "segmamba_s1": Case(2, 1, 96, (64, 64, 64), 16, True, 2.575, 8.980, 0.20),
+    "segmamba_s3": Case(2, 1, 384, (16, 16, 16), 16, True, 0.095, 0.509, 0.013),
+    "umamba_bot3d": Case(2, 1, 640, (5, 8, 8), 16, True, 0.039, 0.623, 0.002),
+}
+MODELS = {  # batch and size as the published code was timed
+    "vmamba_tiny_s1l8": (128, 224),
+    "vanilla_vmamba_tiny": (64, 224),
+    "vim_tiny": (128, 224),
+    "vim_small": (128, 224),
+    "swin_tiny_patch4_window7_224": (128, 224),
+    "convnext_tiny": (128, 224),
+    "deit_small_patch16_224": (128, 224),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="vssm benchmark", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("suite", choices=("kernels", "scans", "models"))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases or models")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--compile", action="store_true", help="models under torch.compile")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results, with device and versions")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw measured times against floor and peers")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("a GPU is needed: none is visible to torch")
+    known = MODELS if args.suite == "models" else SUITE
+    unknown = [name for name in args.only or () if args.suite != "models" and name not in known]
+    if unknown:
+        parser.error(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
+    run = {"kernels": kernels, "scans": scans, "models": models}[args.suite]
+    about = machine()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    rows: list[dict[str, Any]] = []
+    for row in run(args.only or list(known), getattr(torch, args.dtype), args.compile):
+        if not rows:
+            print("  ".join(f"{key:>18}" if i else f"{key:28}" for i, key in enumerate(row)))
+        rows.append(row)
+        print(
+            "  ".join(f"{_shown(value):>18}" if i else f"{value:28}" for i, value in enumerate(row.values())),
+            flush=True,
+        )
+    if args.suite == "kernels":
+        for key in ("forward ratio", "both ratio"):
+            ratios = [row[key] for row in rows]
+            print(f"{key}: geometric mean {statistics.geometric_mean(ratios):.2f}, worst {min(ratios):.2f}")
+    if args.json is not None:
+        args.json.write_text(
+            json.dumps({"machine": about, "suite": args.suite, "dtype": args.dtype, "rows": rows}, indent=1) + "\n"
+        )
+    if args.plot is not None:
+        plot(rows, args.suite, about["device"], args.plot)
+    return 0
+
+
+def kernels(names: list[str], dtype: torch.dtype, compiled: bool) -> Iterator[dict[str, Any]]:
+    """Forward, and forward with backward, of each case along its model's own order."""
+    for name in names:
+        case = SUITE[name]
+        forward, both, memory = scan_times(case, "raster", dtype)
+        yield {
+            "case": name,
+            "forward ms": forward.ms,
+            "forward peer": case.peer_forward,
+            "forward ratio": case.peer_forward / forward.ms,
+            "forward floor": case.floor,
+            "both ms": both.ms,
+            "both peer": case.peer_both,
+            "both ratio": case.peer_both / both.ms,
+            "peak MB": memory,
+            "forward device": forward.device,
+            "both device": both.device,
+        }
+
+
+def scans(names: list[str], dtype: torch.dtype, compiled: bool) -> Iterator[dict[str, Any]]:
+    """Each case with a grid along three orders; the ratios say what the order costs."""
+    for name in names:
+        case = SUITE[name]
+        if len(case.grid) == 1:
+            continue
+        times = {order: scan_times(case, order, dtype)[:2] for order in ("raster", "hilbert", "random")}
+        row: dict[str, Any] = {"case": name}
+        for i, what in enumerate(("forward", "both")):
+            raster = times["raster"][i].ms
+            row |= {f"{what} ms": raster} | {
+                f"{what} {order} x": times[order][i].ms / raster for order in ("hilbert", "random")
+            }
+        yield row
+
+
+def scan_times(case: Case, order: str, dtype: torch.dtype) -> tuple[Timing, Timing, float]:
+    """Forward, forward with backward, and the latter's peak memory in MB beyond inputs, outputs and gradients."""
+    from vssm.kernels import selective_scan
+
+    l = math.prod(case.grid)
+    copies = max(1, min(6, int(CACHE_BYTES / (case.b * case.k * case.d * l * 2 * dtype.itemsize))))
+    calls = [_inputs(case, l, dtype) for _ in range(copies)]
+    table = _table(case, order)
+
+    def forward(call: dict[str, Tensor]) -> Tensor:
+        operands: dict[str, Any] = {name: x for name, x in call.items() if name != "grad"}
+        return selective_scan(**operands, delta_softplus=True, table=table, merge="sum", revisits=False)[0]
+
+    def both(call: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        operands = [x for name, x in call.items() if name != "grad"]
+        return torch.autograd.grad(forward(call), operands, call["grad"])
+
+    with torch.no_grad():
+        first = timed(forward, calls)
+    for call in calls:
+        for name, x in call.items():
+            x.requires_grad_(name != "grad")
+    second = timed(both, calls)
+    results = sum(x.numel() * x.element_size() for x in calls[0].values()) / 1e6  # y and the gradients
+    return first, second, peak_megabytes(lambda: both(calls[0])) - results
+
+
+def _inputs(case: Case, l: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random operands with the step sizes of a fresh Mamba: delta from 0.001 to 0.1 before the input's part."""
+    b, k, d, n = case.b, case.k, case.d, case.n
+    device = torch.device("cuda")
+    dt = torch.exp(torch.empty(k, d, device=device).uniform_(math.log(0.001), math.log(0.1)))
+    operands = {
+        "u": torch.randn(b, l, d, device=device, dtype=dtype),
+        "delta": torch.randn(b, k, l, d, device=device, dtype=dtype) * 0.3,
+        "A": -torch.arange(1, n + 1, device=device).float().expand(k, d, n).contiguous(),
+        "B": torch.randn(b, k, l, n, device=device, dtype=dtype),
+        "C": torch.randn(b, k, l, n, device=device, dtype=dtype),
+        "D": torch.ones(k, d, device=device),
+        "delta_bias": dt + torch.log(-torch.expm1(-dt)),
+        "grad": torch.randn(b, l, d, device=device, dtype=dtype),
+    }
+    return operands | ({"z": torch.randn(b, l, d, device=device, dtype=dtype)} if case.gate else {})
+
+
+def _table(case: Case, order: str) -> Tensor:
+    """A table of k rows: raster (for four rows VMamba's cross), Hilbert there and back, or random permutations."""
+    from vssm.scans import scan_table
+
+    device = torch.device("cuda")
+    if order == "random":
+        cells = math.prod(case.grid)
+        return torch.stack([torch.randperm(cells, device=device) for _ in range(case.k)]).int()
+    if order == "raster" and case.k > 1:
+        order = "cross"
+    if len(case.grid) == 1:  # a sequence: as it lies
+        return torch.arange(case.grid[0], dtype=torch.int32, device=device)[None]
+    table = scan_table(order, case.grid, device)
+    return table.repeat(math.ceil(case.k / len(table)), 1)[: case.k].contiguous()
+
+
+def models(names: list[str], dtype: torch.dtype, compiled: bool) -> Iterator[dict[str, Any]]:
+    """Inference and training of classifiers under autocast, channels last; names of vssm or of timm."""
+    import timm
+
+    import vssm  # noqa: F401 - its models become timm's
+
+    for name in names:
+        batch, size = MODELS.get(name, (64, 224))
+        model = timm.create_model(name).cuda().to(memory_format=torch.channels_last)
+        inference, training, memory = _model_times(model, batch, size, dtype, compiled)
+        yield {
+            "model": name,
+            "batch": batch,
+            "size": size,
+            "inference img/s": batch / inference * 1e3,
+            "training img/s": batch / training * 1e3,
+            "training GB": memory,
+        }
+        del model
+        torch.cuda.empty_cache()
+
+
+def _model_times(
+    model: torch.nn.Module, batch: int, size: int, dtype: torch.dtype, compiled: bool
+) -> tuple[float, float, float]:
+    """Milliseconds of an inference and of a training step, and the latter's peak memory in GB."""
+    run = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    images = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (batch,), device="cuda")
+
+    def infer() -> None:
+        with torch.inference_mode(), torch.autocast("cuda", dtype):
+            run(images)
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", dtype):
+            loss = torch.nn.functional.cross_entropy(run(images).float(), labels)
+        loss.backward()
+        optimizer.step()
+
+    model.eval()
+    inference = _step_ms(infer)
+    model.train()
+    training = _step_ms(train)
+    return inference, training, torch.cuda.max_memory_allocated() / 1e9
+
+
+def _step_ms(step: Callable[[], None]) -> float:
+    """Milliseconds a step, launches included, as a user sees it."""
+    from triton.testing import do_bench
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return float(do_bench(step, warmup=200, rep=1000, return_mode="median"))
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "vssm": _version("vssm"),
+        "python": platform.python_version(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "from a checkout" if package == "vssm" else "not installed"
+
+
+def _driver() -> str:
+    """The driver's version, as the kernel module tells it; AMD's and Intel's stand elsewhere."""
+    path = Path("/proc/driver/nvidia/version")
+    words = path.read_text().split() if path.exists() else []
+    return next((word for word in words if word.count(".") == 2 and word[0].isdigit()), "unknown")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.3f}"
+    return str(value)
+
+
+def plot(rows: list[dict[str, Any]], suite: str, device: str, path: Path) -> None:
+    """Bars of each case: measured, and for the kernels what peers take and the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels_of: dict[str, dict[str, tuple[str, ...]]] = {
+        "kernels": {
+            "forward": ("forward ms", "forward peer", "forward floor"),
+            "forward + backward": ("both ms", "both peer"),
+        },
+        "scans": {
+            "forward": ("forward hilbert x", "forward random x"),
+            "forward + backward": ("both hilbert x", "both random x"),
+        },
+        "models": {"images a second": ("inference img/s", "training img/s")},
+    }
+    series = panels_of[suite]
+    names = [next(iter(row.values())) for row in rows]
+    figure, panels = pyplot.subplots(len(series), 1, figsize=(11, 4 * len(series)), squeeze=False, layout="constrained")
+    for axes, (title, keys) in zip(panels[:, 0], series.items()):
+        width = 0.8 / len(keys)
+        for i, key in enumerate(keys):
+            axes.bar([x + i * width for x in range(len(rows))], [row[key] for row in rows], width, label=key)
+        axes.set_xticks([x + 0.4 - width / 2 for x in range(len(rows))], names, rotation=20, ha="right")
+        axes.set_title(f"{title}, {device}")
+        if suite == "kernels":
+            axes.set_yscale("log")
+            axes.set_ylabel("ms")
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
