@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vssm.kernels.backends import choose, implementation
 from vssm.kernels.checks import match
-from vssm.kernels.operands import check_cells, check_kinds, dense, index_or_steps
+from vssm.kernels.operands import Facts, check_cells, check_kinds, dense, index_or_steps
 from vssm.kernels.selective_scan import reference
 from vssm.kernels.selective_scan.problem import Problem
 
@@ -117,14 +117,6 @@ def selective_scan(
     if save:
         return _SelectiveScan.apply(*problem, chosen)
     return _forward(Problem(*problem), False, chosen)[:2]
-
-
-class Facts(NamedTuple):
-    """What the checks look at in a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
 
 
 def _check(
