@@ -58,7 +58,7 @@ def take(x, stride, cell, channel, mask):
 @triton.jit
 def step_size(raw, SOFTPLUS: tl.constexpr):
     if SOFTPLUS:
-        raw = softplus(raw)
+        raw = softplus(raw, True)
     return raw
 
 
