@@ -89,6 +89,12 @@ def test_a_rename_without_an_inverse_is_refused(pattern):
         rename(pattern, r"x\1")
 
 
+def test_a_reshape_leaves_alone_what_has_another_size_than_one():
+    """Other families' tensors meet our rules when the loader guesses what a file looks like."""
+    state = {"D": torch.zeros(2, 32)}
+    assert reshape("D", "d -> 1 d").to_published(state)["D"].shape == (2, 32)
+
+
 def test_a_reshape_keeps_the_order_of_axes():
     """It is no permutation."""
     with pytest.raises(ValueError, match="same axes in the same order"):

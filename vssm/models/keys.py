@@ -292,7 +292,7 @@ def _names(token: str) -> tuple[str, ...]:
 def _converted(
     shape: Iterable[int], have: tuple[tuple[str, ...], ...], want: tuple[tuple[str, ...], ...]
 ) -> tuple[int, ...] | None:
-    """``shape``, whose axes are ``have`` (one name each), written with the axes ``want``; None if the count differs."""
+    """``shape``, whose axes are ``have`` (one name each), written with the axes ``want``; None if it has other axes."""
     shape = tuple(shape)
     rest = len(shape) - sum(names != ("...",) for names in have)
     if rest < 0 or (rest > 0 and ("...",) not in have):
@@ -300,6 +300,8 @@ def _converted(
     sizes: dict[str, tuple[int, ...]] = {}
     for names in have:
         count = rest if names == ("...",) else 1
+        if not names and shape[0] != 1:
+            return None
         sizes["".join(names)], shape = shape[:count], shape[count:]
     converted: tuple[int, ...] = ()
     for names in want:
