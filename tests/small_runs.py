@@ -92,7 +92,8 @@ def fit_process(folder: Path, name: str, config: dict[str, Any], *arguments: str
         (folder / "killer.py").write_text(KILLER, encoding="utf-8")
         trainer["callbacks"] = [{"class_path": "killer.KillAt", "init_args": {"step": kill_at}}]
     file = write_config(folder / f"{name}.yaml", {**config, "trainer": trainer})
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    paths = [str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tools" / "train.py"), "fit", "--config", file, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == (0 if kill_at is None else -signal.SIGKILL), done.stderr[-3000:]

@@ -46,7 +46,7 @@ def test_values_make_the_round_trip(family):
     assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.task == "classification"])
 def test_timm_knows_the_row(name):
     """The entry point exists, and the layers that timm adapts are there under their names."""
     row, shapes = ROWS[name], entries(name)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
+import toy
 from toy import KEYS, Toy
 
 from vssm.checkpoints import write_checkpoint
+from vssm.models import variant as rows
 from vssm.models.keys import to_published
+from vssm.models.variant import Variant, Weights
+from vssm.registries.timm import register
 from vssm.registries.zoo import _as_people_count, create_model, list_models
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -71,3 +76,26 @@ def test_the_short_way_to_weights(tmp_path):
     write_checkpoint(source.state_dict(), tmp_path / "x.safetensors")
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(create_model("toy_tiny", checkpoint_path=tmp_path / "x.safetensors").eval()(x), source(x))
+
+
+def test_rows_that_timm_has_no_place_for(tmp_path, monkeypatch):
+    """A segmenter is listed by its task, built and loaded by ``create_model``, and unknown to timm."""
+    source = create_model("toy_tiny").eval()
+    write_checkpoint(source.state_dict(), tmp_path / "x.safetensors")
+    weights = Weights(file=str(tmp_path / "x.safetensors"), license="MIT", origin_url="", paper="", num_classes=10)
+    row = Variant("toy_seg", Toy, {}, KEYS, {"in10": weights}, task="segmentation", first_conv="stem.conv")
+    monkeypatch.setattr(toy, "VARIANTS", [*toy.VARIANTS, row])
+    rows.variants.cache_clear()
+    assert list_models(task="segmentation") == ["toy_seg"]
+    assert "toy_seg" not in list_models(task="classification")
+    register([row])
+    assert not timm.is_model("toy_seg")
+    x = torch.randn(1, 3, 64, 64)
+    for loaded in (
+        create_model("toy_seg", pretrained=True),
+        create_model("toy_seg.in10", pretrained=True),
+        create_model("toy_seg", checkpoint_path=tmp_path / "x.safetensors"),
+    ):
+        assert torch.equal(loaded.eval()(x), source(x))
+    with pytest.raises(ValueError, match="no published weights 'other'; published: in10"):
+        create_model("toy_seg.other", pretrained=True)

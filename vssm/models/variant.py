@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -47,7 +47,7 @@ class Weights:
     top1: float | None = None                       # percent on ImageNet-1k validation, as published
     top5: float | None = None
     num_classes: int = 1000
-    input_size: tuple[int, int, int] = (3, 224, 224)
+    input_size: tuple[int, ...] = (3, 224, 224)     # channels first; (C, D, H, W) of a volume
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -63,7 +63,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: a published model under our name."""
+    """One row: a published model under our name.
+
+    Classifiers (and backbones) are registered with timm; a row of any other task is built by ``vssm.create_model``.
+    """
 
     name: str
     model: Callable[..., nn.Module]                 # the class
@@ -75,6 +78,7 @@ class Variant:
     pool_size: tuple[int, int] | None = None        # feature map before pooling at input_size; None: a sequence
     fixed_input_size: bool = False                  # the model takes img_size and keeps a table of that size
     description: str = ""
+    task: Literal["classification", "segmentation", "detection", "pretraining"] = "classification"
 
     def build(self, **kwargs: Any) -> nn.Module:
         """The model, with ``kwargs`` over the row's own; ``rows_of`` knows its row again."""

@@ -39,9 +39,11 @@ SAVED = ("model.safetensors", "pytorch_model.bin")          # what timm.models.s
 
 
 def register(variants: Iterable[Variant]) -> None:
-    """Make each variant an entry point of timm."""
+    """Make each classifier among the variants an entry point of timm."""
     allow_stand_ins()                                        # timm's reader, too, meets them in published files
     for variant in variants:
+        if variant.task != "classification":
+            continue
         default_cfgs.update(generate_default_cfgs(_cfgs(variant)))
         globals()[variant.name] = register_model(_entry_point(variant))
 

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from vssm.checkpoints import load_weights
+from vssm.checkpoints import load_pretrained, load_weights
 from vssm.models.variant import Variant, variants
 
 COMMERCIAL_OK = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0")
@@ -21,14 +21,16 @@ COMMERCIAL_OK = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0
 def create_model(
     name: str, *, pretrained: bool = False, checkpoint_path: str | Path | None = None, **kwargs: Any
 ) -> nn.Module:
-    """Make a model by name, as ``timm.create_model`` does.
+    """Make a model by name, as ``timm.create_model`` does; a classifier, segmenter or detector.
 
     Args:
         name: One of ``list_models()``, with a weights tag if wanted (``"vmamba_tiny.s1l8_in1k"``).
         pretrained: Load the published weights.
         checkpoint_path: Load this file, published or ours; every key must fit (``load_weights``).
         kwargs: Arguments of the model class (``scan="hilbert"``, ``num_classes=7``, ``in_chans=1``,
-            ``drop_path_rate=0.1``) and of timm (``features_only``, ``out_indices``, ``pretrained_cfg_overlay``).
+            ``drop_path_rate=0.1``; of a segmenter ``spatial_dims=3``, ``in_channels=4``, ``out_channels=2``) and, for a
+            classifier, of timm (``features_only``, ``out_indices``, ``pretrained_cfg_overlay``). Weights made for
+            other channels or classes than these are adapted as timm does; anything else must fit.
 
     Raises:
         ValueError: If there is no such model, or the weights do not fit.
@@ -36,16 +38,40 @@ def create_model(
     >>> create_model("vmamba_tiny", num_classes=7).num_classes
     7
     """
-    find(name.partition(".")[0])
+    row = find(name.partition(".")[0])
+    if pretrained and checkpoint_path is not None:
+        raise ValueError("create_model: pretrained=True and checkpoint_path= both say what to load; drop one")
+    if row.task != "classification":
+        return _build(row, name.partition(".")[2], pretrained, checkpoint_path, kwargs)
     if checkpoint_path is None:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    if pretrained:
-        raise ValueError("create_model: pretrained=True and checkpoint_path= both say what to load; drop one")
     if kwargs.get("features_only"):                          # the wrapper has other keys: load before it is made
         overlay = {**kwargs.pop("pretrained_cfg_overlay", {}), "file": str(checkpoint_path)}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     model = timm.create_model(name, **kwargs)
     load_weights(model, checkpoint_path)
+    return model
+
+
+def _build(
+    row: Variant, tag: str, pretrained: bool, checkpoint_path: str | Path | None, kwargs: dict[str, Any]
+) -> nn.Module:
+    """A model that timm has no place for, with its weights."""
+    tag = tag or next(iter(row.weights), "")
+    if (tag or pretrained) and tag not in row.weights:
+        published = ", ".join(row.weights) or "none"
+        raise ValueError(f"create_model: {row.name} has no published weights {tag!r}; published: {published}")
+    model = row.build(**kwargs)
+    if checkpoint_path is not None:
+        load_weights(model, checkpoint_path)
+    elif pretrained:
+        weights = row.weights[tag]
+        differs = {
+            "classifier": kwargs.get("out_channels", kwargs.get("num_classes", weights.num_classes))
+            != weights.num_classes,
+            "in_chans": kwargs.get("in_channels", weights.input_size[0]) != weights.input_size[0],
+        }
+        load_pretrained(model, weights, adapt=[name for name, asked in differs.items() if asked])
     return model
 
 
@@ -67,6 +93,7 @@ def list_models(
     pattern: str | Collection[str] = "*",
     *,
     pretrained: bool = False,
+    task: str | None = None,
     family: str | None = None,
     license: str | None = None,
     exclude: str | Collection[str] = (),
@@ -76,6 +103,7 @@ def list_models(
     Args:
         pattern: Wildcards (``"vim_*"``); several mean any of them.
         pretrained: Only models with published weights.
+        task: Only models for ``"classification"``, ``"segmentation"``, ``"detection"`` or ``"pretraining"``.
         family: Only this module of ``vssm.models`` (``"vmamba"``).
         license: Only models with published weights under this licence, by SPDX name in any case;
             ``"commercial-ok"`` for any that allows commercial use.
@@ -89,6 +117,7 @@ def list_models(
             any(fnmatchcase(name, p) for p in patterns)
             and not any(fnmatchcase(name, p) for p in excluded)
             and (bool(row.weights) or not pretrained)
+            and (task is None or row.task == task)
             and (family is None or row.model.__module__.rpartition(".")[2] == family)
             and (license is None or any(weights.license.lower() in allowed for weights in row.weights.values()))
         )
