@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from vssm.tasks.random_state import get_random_state, set_random_state
-from vssm.tasks.saving import AtomicCheckpointIO, LastCheckpoint, WeightAverage, written_whole
+from vssm.tasks.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, WeightAverage, written_whole
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -41,6 +43,18 @@ def test_random_states_survive_a_weights_only_checkpoint():
     buffer.seek(0)
     set_random_state(torch.load(buffer, weights_only=True))
     assert (random.gauss(0, 1), np.random.randn(), torch.randn(1).item(), torch.rand(()).item()) == expected
+
+
+def test_the_best_checkpoint_follows_the_score_of_the_task(tmp_path):
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=tmp_path)
+    best, module = BestCheckpoint(mode="max"), SimpleNamespace(score="dice")
+    best.setup(trainer, module, "fit")
+    assert best.monitor == "val/dice"
+    chosen = BestCheckpoint(monitor="val/loss", mode="min")
+    chosen.setup(trainer, module, "fit")
+    assert chosen.monitor == "val/loss"
+    with pytest.raises(ValueError, match="BestCheckpoint: monitor must name a metric that SimpleNamespace logs"):
+        BestCheckpoint(mode="max").setup(trainer, SimpleNamespace(), "fit")
 
 
 def test_bad_settings_are_refused():

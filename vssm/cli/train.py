@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vssm.tasks.report import PredictionWriter, RunReport
-from vssm.tasks.saving import AtomicCheckpointIO, LastCheckpoint, RandomState
+from vssm.tasks.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, RandomState
 
 __all__ = ["main"]
 
@@ -74,10 +74,9 @@ class TrainCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.set_defaults(
             {
-                "best_checkpoint.monitor": "val/acc1",
                 "best_checkpoint.mode": "max",
                 "best_checkpoint.filename": "best",
                 "best_checkpoint.enable_version_counter": False,
@@ -169,11 +168,11 @@ class TrainCLI(LightningCLI):
 
     def _say(self, split: str, name: str | None = None) -> None:
         folder = self.trainer.log_dir  # asks all processes
-        accuracy = self.trainer.callback_metrics.get(f"{split}/acc1")
+        value = self.trainer.callback_metrics.get(f"{split}/{getattr(self.model, 'score', None)}")
         if self.trainer.is_global_zero:
             print(f"run folder {folder}")
-            if accuracy is not None:
-                print(f"{name or split} accuracy {float(accuracy):.4f}", flush=True)
+            if value is not None:
+                print(f"{name or split} {self.model.score_name} {float(value):.4f}", flush=True)
 
 
 def _as_list(value: object) -> list:

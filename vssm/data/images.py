@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import struct
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,14 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
-from vssm.data.order import Key, KeyedSampler, ResumableLoader, preserved_rng, seed_rng
+from vssm.data.loading import Loader, OrderedData
+from vssm.data.order import Key, preserved_rng, seed_rng
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for files that are cut off, damaged or no images at all."""
@@ -69,33 +68,6 @@ class Augment:
 
 
 @dataclass(frozen=True)
-class Loader:
-    """How images are batched and ordered.
-
-    Args:
-        batch_size: Images per process and step.
-        eval_batch_size: The same for validation, test and prediction; ``batch_size`` if None.
-        workers: Loader processes; 0 reads in the main process. Changes no result.
-        seed: Seed of order and augmentation; that of ``seed_everything`` if None.
-        repeats: Repeated augmentation, see ``KeyedSampler``.
-        max_corrupt: How many unreadable images a data set may have.
-    """
-
-    batch_size: int = 128
-    eval_batch_size: int | None = None
-    workers: int = 8
-    seed: int | None = None
-    repeats: int = 1
-    max_corrupt: int = 10
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.repeats < 1:
-            raise ValueError(
-                f"Loader: batch_size and repeats must be 1 or more, got {self.batch_size} and {self.repeats}"
-            )
-
-
-@dataclass(frozen=True)
 class Pixels:
     """What the model sees. None comes from its ``pretrained_cfg``, as in timm.
 
@@ -137,6 +109,11 @@ class Images(Dataset):
         self.training, self.max_corrupt = training, max_corrupt
         self.corrupt = torch.zeros(len(source.names), dtype=torch.uint8).share_memory_()
 
+    @property
+    def names(self) -> Sequence[str]:
+        """What each image is called."""
+        return self.source.names
+
     def __len__(self) -> int:
         return len(self.source.names)
 
@@ -177,12 +154,7 @@ class Images(Dataset):
         warnings.warn(f"Images: {found}; skipped, {count} of at most {self.max_corrupt}", stacklevel=2)
 
 
-def _collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    readable = [sample for sample in samples if sample is not None]
-    return default_collate(readable) if readable else None
-
-
-class ImageData(LightningDataModule):
+class ImageData(OrderedData):
     """Loaders with timm's transforms over the sources that a subclass finds.
 
     Args:
@@ -193,12 +165,8 @@ class ImageData(LightningDataModule):
     """
 
     def __init__(self, loader: Loader, pixels: Pixels, augment: Augment | None, predict: str | list[str] | None):
-        super().__init__()
-        self.loader, self.pixels, self.augment, self.predict = loader, pixels, augment, predict
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if loader.seed is None else loader.seed
-        self.class_names: list[str] = []
-        self.data: dict[str, Images] = {}
-        self._saved_order: dict[str, int] | None = None
+        super().__init__(loader)
+        self.pixels, self.augment, self.predict = pixels, augment, predict
 
     # ---- what a subclass says ----
 
@@ -240,89 +208,6 @@ class ImageData(LightningDataModule):
                 training=training,
                 max_corrupt=self.loader.max_corrupt,
             )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return shuffled, augmented batches, all of the same size."""
-        ranks, size = self.trainer.world_size, len(self.data["train"])
-        if size // ranks < self.loader.batch_size:
-            raise ValueError(
-                f"{type(self).__name__}: {size} training images on {ranks} processes must fill a batch of "
-                f"{self.loader.batch_size}; lower data.init_args.loader.batch_size"
-            )
-        sampler = KeyedSampler(
-            size, seed=self.seed, shuffle=True, repeats=self.loader.repeats, rank=self.trainer.global_rank, ranks=ranks
-        )
-        return ResumableLoader(
-            self.data["train"],
-            sampler=sampler,
-            drop_last=True,
-            position=self._position,
-            **self._options(self.loader.batch_size),
-        )
-
-    def val_dataloader(self) -> DataLoader:
-        """Return the validation images, each exactly once over all processes."""
-        return self._evaluation("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Return the test images, each exactly once over all processes."""
-        return self._evaluation("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """Return the images to predict; Lightning shares them out."""
-        return DataLoader(self.data["predict"], **self._options(self.loader.eval_batch_size or self.loader.batch_size))
-
-    def _evaluation(self, split: str) -> DataLoader:
-        sampler = KeyedSampler(
-            len(self.data[split]),
-            seed=self.seed,
-            shuffle=False,
-            rank=self.trainer.global_rank,
-            ranks=self.trainer.world_size,
-        )
-        return DataLoader(
-            self.data[split], sampler=sampler, **self._options(self.loader.eval_batch_size or self.loader.batch_size)
-        )
-
-    def _options(self, batch_size: int) -> dict[str, Any]:
-        return {
-            "batch_size": batch_size,
-            "num_workers": self.loader.workers,
-            "persistent_workers": self.loader.workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            "collate_fn": _collate,
-            "generator": torch.Generator(),  # otherwise each epoch draws one number from the global generator
-        }
-
-    # ---- resuming ----
-
-    def state_dict(self) -> dict[str, int]:
-        """Return what fixes the order of batches."""
-        if "train" not in self.data:
-            return {}
-        ranks = self.trainer.world_size
-        size = len(self.data["train"])
-        return {
-            "seed": self.seed,
-            "images": size,
-            "batch": self.loader.batch_size,
-            "processes": ranks,
-            "repeats": self.loader.repeats,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Remember the order of the checkpoint: a run may only continue inside an epoch that has the same."""
-        self._saved_order = state_dict
-
-    def _position(self) -> int:
-        position = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if position and self._saved_order not in (None, self.state_dict()):
-            raise ValueError(
-                f"{type(self).__name__}: a run resumes inside an epoch only with the order it had, "
-                f"{self._saved_order}, got {self.state_dict()}; restore these settings or resume from the end of an "
-                "epoch"
-            )
-        return position
 
     # ---- prediction ----
 

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import math
-from dataclasses import asdict, dataclass, is_dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import timm
-import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule
 from timm.data.mixup import Mixup as TimmMixup
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from vssm.checkpoints import load_weights
-from vssm.tasks.finite import NonFiniteLoss, all_finite, first_nonfinite_module
+from vssm.tasks.base import Task, settings
 from vssm.tasks.optimizer import Optimizer, Schedule
-from vssm.tasks.random_state import get_random_state, set_random_state
-from vssm.tasks.saving import WeightAverage
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,7 +29,7 @@ class Mixup:
     mode: Literal["batch", "pair", "elem"] = "batch"
 
 
-class Classification(LightningModule):
+class Classification(Task):
     """Train, validate, test and predict with one classifier; images (B, C, H, W) in, logits (B, num_classes) out.
 
     Args:
@@ -56,6 +47,8 @@ class Classification(LightningModule):
         grad_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model with ``torch.compile``.
     """
+
+    score, score_name = "acc1", "accuracy"
 
     def __init__(
         self,
@@ -75,98 +68,41 @@ class Classification(LightningModule):
         grad_checkpointing: bool = False,
         compile: bool = False,
     ):
-        super().__init__()
+        super().__init__(
+            _build(model, num_classes, pretrained, model_kwargs or {}),
+            optimizer=optimizer,
+            schedule=schedule,
+            ema_decay=ema_decay,
+            ema_warmup=ema_warmup,
+            class_names=[str(number) for number in range(num_classes)],
+        )
         self.save_hyperparameters(ignore=["model"] if isinstance(model, nn.Module) else [])
-        self.model = _build(model, num_classes, pretrained, model_kwargs or {})
         if checkpoint_path is not None:
             load_weights(self.model, checkpoint_path, adapt=adapt)
         if grad_checkpointing:
             cast(Any, self.model).set_grad_checkpointing(True)
         if compile:
             self.model.compile()
-        self.optimizer, self.schedule = _settings(Optimizer, optimizer), _settings(Schedule, schedule)
         self.label_smoothing = label_smoothing
-        self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
-        self.mixup, mixup = None, _settings(Mixup, mixup)
+        self.mixup, mixup = None, settings(Mixup, mixup)
         if mixup.mixup_alpha > 0 or mixup.cutmix_alpha > 0:
             self.mixup = TimmMixup(**vars(mixup), label_smoothing=label_smoothing, num_classes=num_classes)
         self.num_classes = num_classes
-        self.class_names = [str(number) for number in range(num_classes)]
         self.val_metrics, self.test_metrics = _metrics(num_classes, "val/"), _metrics(num_classes, "test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
-
     # ---- training ----
 
-    def setup(self, stage: str) -> None:
-        """Compare the classes of the data with the head of the model."""
-        names = getattr(self.trainer.datamodule, "class_names", None)
-        if names:
-            if len(names) != self.num_classes:
-                raise ValueError(
-                    f"Classification: num_classes must be the number of classes in the data, {len(names)}, got "
-                    f"{self.num_classes}; set model.init_args.num_classes={len(names)}"
-                )
-            self.class_names = list(names)
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        images, target, smoothing = batch["image"], batch["label"], self.label_smoothing
+        images, target = batch["image"], batch["label"]
         if self.mixup is not None:
-            (images, target), smoothing = self.mixup(images, target), 0.0  # timm's mixup smooths the labels itself
-        before = get_random_state()
-        loss = F.cross_entropy(self(images), target, label_smoothing=smoothing)
-        if not torch.isfinite(loss):
-            self._stop(batch, images, target, before)
-        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(images))
-        return loss
+            images, target = self.mixup(images, target)
+        return self.finite_loss(batch, images, target)
 
-    def _stop(self, batch: dict[str, Tensor], images: Tensor, target: Tensor, before: dict[str, Any]) -> None:
-        """Save the batch and raise, naming the module; runs on the one process whose loss is not finite."""
-        set_random_state(before)  # dropout and drop path as they were
-        logits: list[Tensor] = []
-        with torch.compiler.set_stance("force_eager"):
-            module = first_nonfinite_module(self.model, lambda: logits.append(self.model(images)))
-        if not all_finite(images):
-            origin = "the images themselves are not finite"
-        elif module is not None:
-            origin = f"the first module that returned a non-finite value is {module}"
-        elif all_finite(logits):
-            origin = "the logits are finite, the loss function overflowed"
-        else:
-            origin = "no single module turned finite inputs into non-finite outputs"
-        folder = Path(self.run_folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"nonfinite_step{self.global_step}_rank{self.global_rank}.pt"
-        saved = {"image": images, "target": target, "label": batch["label"], "index": batch.get("index")}
-        torch.save({**saved, "random_state": before, "state_dict": self.state_dict(), "origin": origin}, file)
-        raise NonFiniteLoss(
-            f"Classification: the loss must be finite, got NaN or infinity in epoch {self.current_epoch}, step "
-            f"{self.global_step}: {origin}; batch and weights are saved in {file}"
-        )
-
-    def on_fit_start(self) -> None:
-        """Remember the run folder: asking the trainer for it involves all processes."""
-        self.run_folder = self.trainer.log_dir or self.trainer.default_root_dir
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        trainer, loader = self.trainer, self.trainer.datamodule.loader
-        batch = loader.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        optimizer = self.optimizer.build(self.model, batch)
-        steps = trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError("Classification: the schedule needs an end; set trainer.max_epochs or trainer.max_steps")
-        epochs = steps / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        scheduler = self.schedule.build(optimizer, int(steps), epochs)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:
-        """timm counts updates itself."""
-        scheduler.step_update(self.global_step)
-
-    def configure_callbacks(self) -> list[Callback]:
-        return [] if self.ema_decay is None else [WeightAverage(self.ema_decay, warmup=self.ema_warmup)]
+    def loss(self, images: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy; of soft targets without further smoothing, since timm's mixup smooths them."""
+        smoothing = self.label_smoothing if target.ndim == 1 else 0.0
+        return F.cross_entropy(self(images), target, label_smoothing=smoothing)
 
     # ---- evaluation ----
 
@@ -205,24 +141,10 @@ class Classification(LightningModule):
         probability, label = self(batch["image"]).float().softmax(dim=-1).max(dim=-1)
         return {"index": batch["index"], "label": label, "probability": probability}
 
-    # ---- checkpoints ----
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["class_names"] = self.class_names
-        arguments = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        settings = {name: value for name, value in arguments.items() if is_dataclass(value)}
-        arguments.update({name: asdict(cast(Any, value)) for name, value in settings.items()})
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = checkpoint.get("class_names", self.class_names)
-        data = getattr(self._trainer, "datamodule", None)
-        if getattr(data, "class_names", trained) not in ([], trained):
-            expected, found = ", ".join(trained[:5]), ", ".join(self.class_names[:5])
-            raise ValueError(
-                f"Classification: the classes of the data must be those of the checkpoint, {expected}, …, "
-                f"got {found}, …; keep a train folder with all classes beside the one that is tested"
-            )
-        self.class_names = trained
+    def prediction_rows(self, outputs: dict[str, Tensor]) -> list[tuple[int, dict[str, Any]]]:
+        """Return class and probability of each image."""
+        columns = (outputs[name].tolist() for name in ("index", "label", "probability"))
+        return [(i, {"class": self.class_names[c], "probability": f"{p:.6f}"}) for i, c, p in zip(*columns)]
 
 
 def _build(model: str | nn.Module, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -245,10 +167,6 @@ def _build(model: str | nn.Module, num_classes: int, pretrained: bool, kwargs: d
         if "unexpected keyword argument" not in str(error):
             raise
         raise ValueError(f"Classification: model_kwargs do not fit {model}: {error}") from error
-
-
-def _settings(kind: type[T], value: T | dict[str, Any]) -> T:
-    return kind(**value) if isinstance(value, dict) else value  # checkpoints hold plain dicts
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:

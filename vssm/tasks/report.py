@@ -145,7 +145,7 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 class PredictionWriter(Callback):
-    """Write the predictions of all processes as CSV: file, class, probability, in the order of the files.
+    """Write the predictions of all processes as CSV: the file, then what the task says, in the order of the files.
 
     Args:
         path: The file to write.
@@ -153,21 +153,19 @@ class PredictionWriter(Callback):
 
     def __init__(self, path: str = "predictions.csv"):
         self.path = path
-        self.rows: list[tuple[int, int, float]] = []
+        self.rows: list[tuple[int, dict[str, Any]]] = []
 
     def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: dict[str, Tensor] | None,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs is None:  # none of the images of the batch could be read
-            return
-        columns = (outputs[name].tolist() for name in ("index", "label", "probability"))
-        self.rows.extend(zip(*columns, strict=True))
+        if outputs is not None:  # None where no image of the batch could be read
+            self.rows.extend(pl_module.prediction_rows(outputs))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parts: list[Any] = [self.rows]
@@ -175,7 +173,6 @@ class PredictionWriter(Callback):
             parts = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, self.rows)
         if trainer.is_global_zero:
-            files, classes = trainer.datamodule.data["predict"].source.names, pl_module.class_names
-            rows = sorted(row for part in parts for row in part)
-            table = [{"file": files[i], "class": classes[c], "probability": f"{p:.6f}"} for i, c, p in rows]
-            write_table(Path(self.path), table)
+            files = trainer.datamodule.data["predict"].names
+            rows = sorted((row for part in parts for row in part), key=lambda row: row[0])
+            write_table(Path(self.path), [{"file": files[index], **row} for index, row in rows])

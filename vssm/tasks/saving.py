@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from timm.utils import ModelEmaV3
@@ -43,6 +43,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         with written_whole(path) as file:
             torch.save(checkpoint, file)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint``; ``monitor`` None is the score that the task declares (``Task.score``)."""
+
+    monitor: str | None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.monitor is None:
+            score = getattr(pl_module, "score", None)
+            if score is None:
+                raise ValueError(
+                    f"BestCheckpoint: monitor must name a metric that {type(pl_module).__name__} logs in validation, "
+                    "got null; set best_checkpoint.monitor"
+                )
+            self.monitor = f"val/{score}"
+        super().setup(trainer, pl_module, stage)
 
 
 class LastCheckpoint(Checkpoint):
