@@ -1,8 +1,9 @@
-"""Time the scan, its scan orders and whole models on a GPU, beside published figures and the hardware's floor.
+"""Time the scan, its scan orders and whole models, beside published figures and the hardware's floor.
 
 ``kernels`` runs the suite of selective scans whose CUDA figures are known, forward, and forward with backward.
 ``scans`` runs the same sizes along raster, Hilbert and random tables. ``models`` runs inference and training steps of
-classifiers. A table is printed; ``--json`` keeps it with device and versions, ``--plot`` draws it.
+classifiers. ``cpu`` needs no GPU: it compares the CPU's scans with ``torch.exp``. A table is printed; ``--json`` keeps
+it with device and versions, ``--plot`` draws it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vssm.cli._benchmark_cpu import BACKENDS, CASES, cpu, share_of_scan
 from vssm.cli._timing import Timing, peak_megabytes, timed
 
 CACHE_BYTES = 150e6  # inputs are rotated until they are three times as large as the cache of an H100
@@ -67,21 +69,21 @@ MODELS = {  # batch and size as the published code was timed
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vssm benchmark", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("suite", choices=("kernels", "scans", "models"))
+    parser.add_argument("suite", choices=("kernels", "scans", "models", "cpu"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases or models")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="models under torch.compile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results, with device and versions")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw measured times against floor and peers")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if args.suite != "cpu" and not torch.cuda.is_available():
         parser.error("a GPU is needed: none is visible to torch")
-    known = MODELS if args.suite == "models" else SUITE
+    known: Mapping[str, Any] = MODELS if args.suite == "models" else CASES if args.suite == "cpu" else SUITE
     unknown = [name for name in args.only or () if args.suite != "models" and name not in known]
     if unknown:
         parser.error(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
-    run = {"kernels": kernels, "scans": scans, "models": models}[args.suite]
-    about = machine()
+    run = {"kernels": kernels, "scans": scans, "models": models, "cpu": cpu}[args.suite]
+    about = machine("cpu" if args.suite == "cpu" else "cuda")
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows: list[dict[str, Any]] = []
     for row in run(args.only or list(known), getattr(torch, args.dtype), args.compile):
@@ -96,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         for key in ("forward ratio", "both ratio"):
             ratios = [row[key] for row in rows]
             print(f"{key}: geometric mean {statistics.geometric_mean(ratios):.2f}, worst {min(ratios):.2f}")
+    if args.suite == "cpu":
+        print(f"the scan's share of vmamba_tiny's inference on one image of 224²: {share_of_scan():.0%}")
     if args.json is not None:
         args.json.write_text(
             json.dumps({"machine": about, "suite": args.suite, "dtype": args.dtype, "rows": rows}, indent=1) + "\n"
@@ -262,13 +266,15 @@ def _step_ms(step: Callable[[], None]) -> float:
     return float(do_bench(step, warmup=200, rep=1000, return_mode="median"))
 
 
-def machine() -> dict[str, str]:
+def machine(device: str) -> dict[str, str]:
     """What the figures were measured on."""
-    return {
-        "device": torch.cuda.get_device_name(),
-        "driver": _driver(),
+    if device == "cpu":
+        about = {"device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}
+    else:
+        about = {"device": torch.cuda.get_device_name(), "driver": _driver()}
+    return about | {
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "numba" if device == "cpu" else "triton": _version("numba" if device == "cpu" else "triton"),
         "vssm": _version("vssm"),
         "python": platform.python_version(),
     }
@@ -311,6 +317,9 @@ def plot(rows: list[dict[str, Any]], suite: str, device: str, path: Path) -> Non
             "forward + backward": ("both hilbert x", "both random x"),
         },
         "models": {"images a second": ("inference img/s", "training img/s")},
+        "cpu": {
+            "times torch.exp": tuple(f"{backend} {what} x" for backend in BACKENDS for what in ("forward", "both"))
+        },
     }
     series = panels_of[suite]
     names = [next(iter(row.values())) for row in rows]
