@@ -74,6 +74,29 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
     assert rates[49] == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi * 39 / 40)))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (dict(shape="steps", decay_epochs=(4, 8), decay_rate=0.5), {5: 0.5, 18: 1.0, 20: 0.5, 38: 0.5, 40: 0.25}),
+        (dict(shape="poly", min_lr=0.2), {5: 0.5, 10: 1.0, 30: 0.6, 40: 0.4}),
+        (dict(shape="poly", min_lr=0.0, power=2.0), {30: 0.25}),
+    ],
+    ids=["steps", "line", "square"],
+)
+def test_the_rate_falls_in_other_shapes(schedule, expected):
+    optimizer = Optimizer(lr=1.0).build(nn.Linear(2, 2), batch=1)
+    scheduler = Schedule(warmup_epochs=2, warmup_lr=0.0, **schedule).build(optimizer, steps=50, epochs=10)
+    for step, rate in expected.items():
+        scheduler.step_update(step)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate), step
+
+
+def test_epochs_of_decay_belong_to_steps():
+    for options in ({"shape": "steps"}, {"decay_epochs": (3,)}):
+        with pytest.raises(ValueError, match="Schedule: decay_epochs belong to shape 'steps'"):
+            Schedule(**options)
+
+
 def test_arguments_reach_the_optimizer_that_has_them():
     model = nn.Linear(2, 2)
     adamw = Optimizer(betas=(0.8, 0.9), eps=1e-6).build(model, batch=1)

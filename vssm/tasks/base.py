@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from vssm.tasks.finite import NonFiniteLoss, all_finite, first_nonfinite_module
@@ -134,7 +134,7 @@ class Task(LightningModule):
         scheduler = self.schedule.build(optimizer, int(steps), epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:
+    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
         """timm counts updates itself."""
         scheduler.step_update(self.global_step)
 

@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from vssm.layers.ssm import ssm_parameters
@@ -63,26 +64,40 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then one half of a cosine, by optimiser steps.
+    """Linear warm-up, then a fall, by optimiser steps.
 
     Args:
         warmup_epochs: Length of the warm-up; a fraction is allowed.
         warmup_lr, min_lr: Learning rates at the start and at the end. ``lr_base_batch`` does not scale them.
+        shape: "cosine" falls along one half of a cosine, "poly" along (1 - t) ** ``power``, "steps" is multiplied by
+            ``decay_rate`` at the end of each of ``decay_epochs`` (and has no ``min_lr``).
+        power: Of "poly"; 1 is a straight line.
+        decay_epochs, decay_rate: Of "steps". Epochs count from the start of the run.
     """
 
     warmup_epochs: float = 5.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
+    shape: Literal["cosine", "poly", "steps"] = "cosine"
+    power: float = 1.0
+    decay_epochs: tuple[float, ...] = ()
+    decay_rate: float = 0.1
 
-    def build(self, optimizer: torch.optim.Optimizer, steps: int, epochs: float) -> CosineLRScheduler:
+    def __post_init__(self) -> None:
+        if (self.shape == "steps") != bool(self.decay_epochs):
+            raise ValueError(
+                f"Schedule: decay_epochs belong to shape 'steps', and it to them, got {self.shape!r} and "
+                f"{self.decay_epochs}"
+            )
+
+    def build(self, optimizer: torch.optim.Optimizer, steps: int, epochs: float) -> Scheduler:
         """Make the schedule of a run of ``steps`` optimiser steps in ``epochs`` epochs."""
         warmup = min(round(self.warmup_epochs * steps / epochs), steps - 1)
-        return CosineLRScheduler(
-            optimizer,
-            t_initial=max(steps - warmup, 1),
-            lr_min=self.min_lr,
-            warmup_t=warmup,
-            warmup_lr_init=self.warmup_lr,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
+        common = {"warmup_t": warmup, "warmup_lr_init": self.warmup_lr, "t_in_epochs": False}
+        if self.shape == "steps":
+            decays = [round(epoch * steps / epochs) for epoch in self.decay_epochs]
+            return MultiStepLRScheduler(optimizer, decays, self.decay_rate, warmup_prefix=False, **common)
+        common |= {"t_initial": max(steps - warmup, 1), "lr_min": self.min_lr, "warmup_prefix": True}
+        if self.shape == "poly":
+            return PolyLRScheduler(optimizer, power=self.power, **common)
+        return CosineLRScheduler(optimizer, **common)
