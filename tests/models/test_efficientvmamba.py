@@ -72,5 +72,5 @@ def test_what_is_not_covered_says_so(kwargs):
 
 
 def test_one_width_a_stage():
-    with pytest.raises(ValueError, match=r"dim must name one width a stage \(4 in depths\), got \[8, 8\]"):
+    with pytest.raises(ValueError, match=r"dim must name one width a stage \(4 in depths\), got \(8, 8\)"):
         EfficientVMamba(dim=(8, 8))

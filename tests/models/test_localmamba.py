@@ -12,18 +12,10 @@ from tolerance import TOLERANCE, error
 
 from vssm.checkpoints import load_state
 from vssm.cli import verify
+from vssm.layers.local_mixer import LocalMixer, sum_with_columns
 from vssm.models.keys import published_shapes, shapes_of, to_published
-from vssm.models.localmamba import (
-    FIXED,
-    KEYS,
-    VARIANTS,
-    LocalMixer,
-    LocalVim,
-    LocalVimBackbone,
-    LocalVMamba,
-    published,
-    sum_with_columns,
-)
+from vssm.models.localmamba import FIXED, KEYS, VARIANTS, LocalVMamba, published
+from vssm.models.localvim import LocalVim, LocalVimBackbone
 from vssm.models.variant import NotCovered
 from vssm.scans import scan_array
 
@@ -251,7 +243,7 @@ def test_what_is_not_covered_says_so(entry, kwargs, reason):
         (LocalVim, {"class_token": "middle"}, "rope turns patches only"),
         (LocalVim, {"norm": "batch"}, "norm must be one of 'rms', 'layer'"),
         (LocalVim, {"img_size": 12}, "at least one patch"),
-        (LocalVMamba, {"dim": (8, 8), "directions": FIXED}, r"one width a stage \(4 in depths\), got \[8, 8\]"),
+        (LocalVMamba, {"dim": (8, 8), "directions": FIXED}, r"one width a stage \(4 in depths\), got \(8, 8\)"),
     ],
 )
 def test_refuses_options_that_do_not_fit(model, options, message):

@@ -166,7 +166,7 @@ def test_what_is_not_covered_says_so(entry, kwargs, reason):
         ({"downsample": "pool"}, "downsample must be one of merge, conv"),
         ({"mixer_norm": "none"}, "norm must be one of sequence, sum"),
         ({"resize": "cubic"}, "resize must be one of bilinear, nearest"),
-        ({"dim": (8, 8)}, r"one width a stage \(4 in depths\), got \[8, 8\]"),
+        ({"dim": (8, 8)}, r"one width a stage \(4 in depths\), got \(8, 8\)"),
     ],
 )
 def test_refuses_options_that_do_not_fit(options, message):

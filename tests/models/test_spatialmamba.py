@@ -92,5 +92,5 @@ def test_another_entry_is_not_covered():
 
 
 def test_one_width_a_stage():
-    with pytest.raises(ValueError, match=r"dim must name one width a stage \(4 in depths\), got \[8, 8\]"):
+    with pytest.raises(ValueError, match=r"dim must name one width a stage \(4 in depths\), got \(8, 8\)"):
         SpatialMamba(dim=(8, 8))

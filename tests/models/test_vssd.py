@@ -87,7 +87,7 @@ def test_another_entry_is_not_covered():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"dim": (8, 8)}, r"dim must name one a stage \(4 in depths\), got \(8, 8\)"),
+        ({"dim": (8, 8)}, r"dim must name one width a stage \(4 in depths\), got \(8, 8\)"),
         ({"heads": (2, 4)}, r"heads must name one a stage \(4 in depths\), got \(2, 4\)"),
         ({"mixers": ("duality", "duality", "duality", "scan")}, "mixers must be of duality, attention, got 'scan'"),
         ({"heads": (3, 4, 8, 16)}, "heads must divide the 128 channels of the state, got 3"),

@@ -1,4 +1,4 @@
-"""A classifier's stages as the backbone of detectors and segmenters."""
+"""A classifier's stages as the backbone of detectors and segmenters, and how golden files are run on both."""
 
 from __future__ import annotations
 
@@ -53,3 +53,14 @@ class StageMaps(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """What the classifier's recipe does not decay, as far as it is here."""
         return self._undecayed & {name for name, _ in self.named_parameters()}
+
+
+def run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logits and the map of every stage of a ``Hierarchical``, for ``Published.run``."""
+    features, maps = model.forward_intermediates(inputs["x"])
+    return {"logits": model.forward_head(features)} | {f"stage{i}": x for i, x in enumerate(maps)}
+
+
+def run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The maps of a ``StageMaps``, for ``Published.run``."""
+    return {f"out{i}": x for i, x in zip(model.out_indices, model(inputs["x"]), strict=True)}

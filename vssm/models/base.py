@@ -7,9 +7,10 @@ do with timm's own models. Maps are (B, C, H, W), tokens (B, L, C).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
-from timm.layers import ClassifierHead, register_notrace_function
+from timm.layers import ClassifierHead, calculate_drop_path_rates, register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
@@ -25,17 +26,54 @@ Indices = int | Sequence[int] | None
 
 
 class Stage(nn.Module):
-    """A downsampling, and blocks at the new size. (B, C, H, W) in and out."""
+    """A downsampling, blocks at the new size, and a norm where a family has one there. (B, C, H, W) in and out."""
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.Identity() if norm is None else norm
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return self.norm(checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x))
+
+
+def widths(who: str, dim: int | Sequence[int], depths: Sequence[int]) -> list[int]:
+    """Channels of each stage: ``dim`` doubled with every stage, or as ``dim`` lists them.
+
+    >>> widths("VMamba", 96, (2, 2, 8, 2))
+    [96, 192, 384, 768]
+    """
+    dims = [dim * 2**i for i in range(len(depths))] if isinstance(dim, int) else list(dim)
+    if len(dims) != len(depths):
+        raise ValueError(f"{who}: dim must name one width a stage ({len(depths)} in depths), got {tuple(dims)}")
+    return dims
+
+
+def make_stages(
+    depths: Sequence[int],
+    dims: Sequence[int],
+    drop_path_rate: float,
+    block: Callable[[int, int, float], nn.Module],
+    downsample: Callable[[int, int], nn.Module],
+    norm: Callable[[int], nn.Module] | None = None,
+) -> list[Stage]:
+    """Stages of ``depths`` blocks of ``dims`` channels, whose drop path rates rise from 0 to ``drop_path_rate``.
+
+    Args:
+        depths, dims, drop_path_rate: As the models have them.
+        block: Makes block j of stage i with a drop path rate, ``block(i, j, rate)``.
+        downsample: Makes what stands before every stage but the first, ``downsample(dim, out)``.
+        norm: Makes the norm that ends a stage, ``norm(dim)``.
+    """
+    rates, stages = iter(calculate_drop_path_rates(drop_path_rate, sum(depths))), []
+    for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+        shrink = downsample(dims[i - 1], dim) if i else nn.Identity()
+        blocks = [block(i, j, rate) for j, rate in enumerate(islice(rates, depth))]
+        stages.append(Stage(shrink, blocks, norm(dim) if norm else None))
+    return stages
 
 
 class Hierarchical(nn.Module):
@@ -156,7 +194,11 @@ class Hierarchical(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of layers, for learning rates that fall with depth."""
         stage = r"^stages\.(\d+)"
-        fine = [(stage + r"\.downsample", (0,)), (stage + r"\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        last = (99999,)
+        fine = [
+            (stage + r"\.downsample", (0,)), (stage + r"\.blocks\.(\d+)", None), (stage + r"\.norm", last),
+            (r"^norm", last),
+        ]  # fmt: skip
         return {"stem": r"^stem", "blocks": stage if coarse else fine}
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import islice
 from math import prod
 from typing import Any
 
-from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_function
+from timm.layers import DropPath, register_notrace_function
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
@@ -29,9 +28,10 @@ from vssm.layers.mixer import ScanMixer
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import decay, ssm_parameters
 from vssm.layers.stem import PatchStem
-from vssm.models.backbone import StageMaps
-from vssm.models.base import Hierarchical, Stage
-from vssm.models.keys import Rule, also, rename, reshape
+from vssm.models.backbone import StageMaps, run_backbone, run_classifier
+from vssm.models.base import Hierarchical, make_stages, widths
+from vssm.models.keys import Rule, rename
+from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
 from vssm.models.variant import NotCovered, Published, Variant, Weights
 from vssm.scans import scan_shape, to_sequences
 
@@ -129,16 +129,13 @@ class EfficientVMamba(Hierarchical):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
-        dims = [dim * 2**i for i in range(len(depths))] if isinstance(dim, int) else list(dim)
-        if len(dims) != len(depths):
-            raise ValueError(f"EfficientVMamba: dim must name one width a stage ({len(depths)} in depths), got {dims}")
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        stages = []
-        for i, (depth, width) in enumerate(zip(depths, dims, strict=True)):
-            scanned = partial(EfficientBlock, expand=expand, scan=scan, scan_options=scan_options)
-            make = scanned if i < SCANNED else conv_block
-            shrink = PatchMerging(dims[i - 1], width) if i else nn.Identity()
-            stages.append(Stage(shrink, [make(width, drop_path=rate) for rate in islice(rates, depth)]))
+        dims = widths("EfficientVMamba", dim, depths)
+
+        def block(i: int, j: int, rate: float) -> nn.Module:
+            scanned = i < SCANNED
+            return EfficientBlock(dims[i], expand, scan, scan_options, rate) if scanned else conv_block(dims[i], rate)
+
+        stages = make_stages(depths, dims, drop_path_rate, block, PatchMerging)
         super().__init__(
             PatchStem(in_chans, dims[0], patch_size), stages, dims, ChannelNorm(dims[-1]),
             reduction=patch_size, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate,
@@ -158,26 +155,10 @@ def keys(depths: Sequence[int]) -> list[Rule]:
         shifted += [rename(rf"^layers\.{i}\.{j + 1}\.", f"stages.{i}.blocks.{j}.") for j in blocks]
         shifted += [rename(rf"^layers\.{i}\.{depths[i] + 2}\.", f"stages.{i + 1}.downsample.")]
     return [
-        also(rename(r"^patch_embed\.proj\.", r"patch_embed.0.")),
-        also(rename(r"^patch_embed\.norm\.", r"patch_embed.2.")),
-        also(rename(r"\.ln_1\.", r".norm.")),
-        also(rename(r"\.self_attention\.", r".op.")),
-        also(rename(r"^norm\.", r"classifier.norm.")),
-        also(rename(r"^head\.", r"classifier.head.")),
-        reshape(r"\.A_logs$", "(k d) n -> k d n"),
-        reshape(r"\.Ds$", "(k d) -> k d"),
-        rename(r"^patch_embed\.0\.", r"stem.conv1."),
-        rename(r"^patch_embed\.2\.", r"stem.norm1."),
-        *(rename(rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(SCANNED)),
-        rename(r"^layers\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.blocks.\2."),
+        *FIRST_RELEASE,
+        *SSM_SHAPES,
+        *frame(SCANNED + 1),
         *shifted,
-        rename(r"\.op\.", r".mixer."),
-        rename(r"\.mixer\.conv2d\.", r".mixer.conv."),
-        rename(r"\.mixer\.x_proj_weight$", r".mixer.ssm.x_proj"),
-        rename(r"\.mixer\.dt_projs_weight$", r".mixer.ssm.dt_weight"),
-        rename(r"\.mixer\.dt_projs_bias$", r".mixer.ssm.dt_bias"),
-        rename(r"\.mixer\.A_logs$", r".mixer.ssm.A_log"),
-        rename(r"\.mixer\.Ds$", r".mixer.ssm.D"),
         rename(r"\.se\.norm\.", r".gate.norm."),
         rename(r"\.se\.global_reduce\.", r".gate.reduce."),
         rename(r"\.se\.channel_select\.", r".gate.expand."),
@@ -187,9 +168,6 @@ def keys(depths: Sequence[int]) -> list[Rule]:
         rename(r"\.conv_dw\.0\.", r".conv_dw."),
         rename(r"\.conv_pw2\.1\.", r".bn3."),
         rename(r"\.conv_pw2\.0\.", r".conv_pwl."),
-        rename(r"^classifier\.norm\.", r"norm."),
-        rename(r"^classifier\.head\.", r"head.fc."),
-        rename(r"^outnorm(\d+)\.", r"out_norms.\1."),
     ]
 
 
@@ -255,15 +233,6 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     ours = translate(given)
     own_keys = keys(ours.get("depths", (2, 2, 4, 2)))
     if name == "EfficientVSSM":
-        return Published(EfficientVMamba(**ours), own_keys, _run_classifier)
+        return Published(EfficientVMamba(**ours), own_keys, run_classifier)
     model = EfficientVMamba(**{**ours, "num_classes": 0})
-    return Published(StageMaps(model, out_indices), own_keys, _run_backbone)
-
-
-def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    features, maps = model.forward_intermediates(inputs["x"])
-    return {"logits": model.forward_head(features)} | {f"stage{i}": x for i, x in enumerate(maps)}
-
-
-def _run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"out{i}": x for i, x in zip(model.out_indices, model(inputs["x"]), strict=True)}
+    return Published(StageMaps(model, out_indices), own_keys, run_backbone)

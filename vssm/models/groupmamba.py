@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, Mlp, SelectAdaptivePool2d, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm, Mlp, SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from vssm.layers.conv import depthwise
@@ -23,7 +22,8 @@ from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map, to_map, to_tokens
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import SelectiveSSM, ssm_parameters
-from vssm.models.base import Hierarchical, Indices, Stage, linear_head
+from vssm.models.backbone import run_classifier
+from vssm.models.base import Hierarchical, Indices, linear_head, make_stages
 from vssm.models.keys import Rule, rename, reshape, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights
 from vssm.scans import scan_shape, scan_table, visits_once
@@ -279,11 +279,11 @@ class GroupMamba(Hierarchical):
                 f"GroupMamba: dims must be {len(depths)} multiples of {GROUPS}, one a stage, as mlp_ratios are, got "
                 f"{tuple(dims)} and {tuple(mlp_ratios)}"
             )
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        stages = []
-        for i, (depth, dim, ratio) in enumerate(zip(depths, dims, mlp_ratios, strict=True)):
-            blocks = [GroupMambaBlock(dim, ratio, scan, scan_options, rate) for rate in islice(rates, depth)]
-            stages.append(Stage(Downsample(dims[i - 1], dim) if i else nn.Identity(), blocks))
+
+        def block(i: int, j: int, rate: float) -> nn.Module:
+            return GroupMambaBlock(dims[i], mlp_ratios[i], scan, scan_options, rate)
+
+        stages = make_stages(depths, dims, drop_path_rate, block, Downsample)
         super().__init__(Stem(in_chans, stem_dim, dims[0]), stages, dims, nn.Identity(), num_classes=0)
         block = ClassBlock(dims[-1], mlp_ratios[-1], scan, scan_options)
         self.num_classes = num_classes
@@ -412,6 +412,5 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
 
 
 def _run(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    features, maps = model.forward_intermediates(inputs["x"])
-    outputs = {"logits": model.forward_head(features), "pre_head": model.forward_head(features, pre_logits=True)}
-    return outputs | {f"stage{i}": x for i, x in enumerate(maps)}
+    pooled = model.forward_head(model.forward_features(inputs["x"]), pre_logits=True)
+    return run_classifier(model, inputs) | {"pre_head": pooled}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from timm.layers import (
     Mlp,
     SelectAdaptivePool2d,
     apply_rot_embed,
-    calculate_drop_path_rates,
     register_notrace_function,
 )
 from torch import Tensor, nn
@@ -33,7 +31,8 @@ from vssm.layers.conv import depthwise
 from vssm.layers.layout import over_map, to_map, to_tokens
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import decay, dt_bias_
-from vssm.models.base import Hierarchical, Indices, Stage
+from vssm.models.backbone import run_classifier
+from vssm.models.base import Hierarchical, Indices, make_stages
 from vssm.models.keys import Rule, rename, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights
 
@@ -237,17 +236,6 @@ class Downsample(nn.Module):
         return self.conv(self.norm(x))
 
 
-class NormedStage(Stage):
-    """A stage that ends with a norm, which is part of what the next one and the detector see."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], dim: int):
-        super().__init__(downsample, blocks)
-        self.norm = ChannelNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
-
-
 class MlpHead(nn.Module):
     """Pool, norm, one hidden layer, norm, classifier. (B, C, H, W) to (B, num_classes)."""
 
@@ -298,7 +286,7 @@ class Mamba2D(Hierarchical):
         d_state: States of each channel of a scan.
         alternate: Every second block of a stage scans from the bottom right corner.
         scaled: Of each stage, whether the skips of its blocks are scaled.
-        stage_norm: A norm ends each stage.
+        stage_norm: A norm ends each stage, and is part of what the next one and a detector see.
         downsample_norm: A norm stands before each downsampling.
         shared_input: One B for both directions of a scan, and a bias in the projection that makes it.
     """
@@ -340,12 +328,12 @@ class Mamba2D(Hierarchical):
                 reverse=alternate and block % 2 == 1,
             )  # fmt: skip
 
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        stages: list[Stage] = []
-        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
-            shrink = Downsample(dims[i - 1], dim, downsample_norm) if i else nn.Identity()
-            blocks = [Mamba2DBlock(dim, mixer(i, j), scaled[i], rate) for j, rate in enumerate(islice(rates, depth))]
-            stages.append(NormedStage(shrink, blocks, dim) if stage_norm else Stage(shrink, blocks))
+        stages = make_stages(
+            depths, dims, drop_path_rate,
+            block=lambda i, j, rate: Mamba2DBlock(dims[i], mixer(i, j), scaled[i], rate),
+            downsample=lambda dim, out: Downsample(dim, out, downsample_norm),
+            norm=ChannelNorm if stage_norm else None,
+        )  # fmt: skip
         super().__init__(Stem(in_chans, dims[0]), stages, dims, nn.Identity(), num_classes=0)
         self._check_head(num_classes, global_pool)
         self.num_classes, self.head_hidden_size = num_classes, 4 * dims[-1]
@@ -359,13 +347,6 @@ class Mamba2D(Hierarchical):
         if prune_head:
             self.head = nn.Identity()
         return take
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of layers, for learning rates that fall with depth."""
-        groups = super().group_matcher(coarse)
-        if not coarse:
-            groups["blocks"] = [*groups["blocks"], (r"^stages\.(\d+)\.norm", (99999,))]
-        return groups
 
     def no_weight_decay(self) -> set[str]:
         """Vectors aside (timm knows them). As published with v2; v1's authors decayed everything."""
@@ -471,9 +452,4 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     if not entry.startswith("models.mamba2d_classifier.Mamba2DClassifier"):
         raise NotCovered(f"entry {entry!r} is no model of this family")
     ours = translate(kwargs, first="v1" in entry)
-    return Published(Mamba2D(**ours), keys(ours["depths"]), _run)
-
-
-def _run(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    features, maps = model.forward_intermediates(inputs["x"])
-    return {"logits": model.forward_head(features)} | {f"stage{i}": x for i, x in enumerate(maps)}
+    return Published(Mamba2D(**ours), keys(ours["depths"]), run_classifier)

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, register_notrace_function
+from timm.layers import DropPath, LayerNorm, register_notrace_function
 from torch import Tensor, nn
 
 from vssm.layers.conv import depthwise
@@ -25,9 +24,10 @@ from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.layers.stem import ConvStem, PatchStem
-from vssm.models.backbone import StageMaps
-from vssm.models.base import Hierarchical, Stage
-from vssm.models.keys import Rule, also, rename, reshape, split, stack
+from vssm.models.backbone import StageMaps, run_backbone, run_classifier
+from vssm.models.base import Hierarchical, make_stages, widths
+from vssm.models.keys import Rule, rename, reshape, split, stack
+from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
 from vssm.models.variant import NotCovered, Published, Variant, Weights
 from vssm.scans import scan_shape, scan_table, to_grid
 
@@ -212,22 +212,16 @@ class MSVMamba(Hierarchical):
     ):
         _check_part("stem", stem, STEMS)
         _check_part("downsample", downsample, DOWNSAMPLES)
-        dims = [dim * 2**i for i in range(len(depths))] if isinstance(dim, int) else list(dim)
-        if len(dims) != len(depths):
-            raise ValueError(f"MSVMamba: dim must name one width a stage ({len(depths)} in depths), got {dims}")
+        dims = widths("MSVMamba", dim, depths)
 
-        def make(width: int, rate: float) -> MSVMambaBlock:
+        def block(i: int, j: int, rate: float) -> nn.Module:
             mixer = MultiScaleMixer(
-                width, scan=scan, scan_options=scan_options, full_row=full_row, expand=expand, d_state=d_state,
+                dims[i], scan=scan, scan_options=scan_options, full_row=full_row, expand=expand, d_state=d_state,
                 gate=gate, norm=mixer_norm, resize=resize,
             )  # fmt: skip
-            return MSVMambaBlock(width, mixer, mlp_ratio, post_norm, rate)
+            return MSVMambaBlock(dims[i], mixer, mlp_ratio, post_norm, rate)
 
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        stages = []
-        for i, (depth, width) in enumerate(zip(depths, dims, strict=True)):
-            shrink = DOWNSAMPLES[downsample](dims[i - 1], width) if i else nn.Identity()
-            stages.append(Stage(shrink, [make(width, rate) for rate in islice(rates, depth)]))
+        stages = make_stages(depths, dims, drop_path_rate, block, DOWNSAMPLES[downsample])
         super().__init__(
             STEMS[stem](in_chans, dims[0], patch_size), stages, dims, ChannelNorm(dims[-1]),
             reduction=patch_size, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate,
@@ -258,47 +252,25 @@ def keys(generation: int) -> list[Rule]:
             reshape(r"\.dt_projs_bias$", "k 1 d -> k d"),
             *_low_first("A_logs"),
             *_low_first("Ds"),
-            rename(r"^patch_embed\.0\.", r"stem.conv1."),
-            rename(r"^patch_embed\.2\.", r"stem.norm1."),
         ],
         3: [
-            reshape(r"\.A_logs$", "(k d) n -> k d n"),
-            reshape(r"\.Ds$", "(k d) -> k d"),
-            rename(r"^patch_embed\.0\.", r"stem.conv1."),
-            rename(r"^patch_embed\.2\.", r"stem.norm1."),
-            rename(r"^patch_embed\.5\.", r"stem.conv2."),
-            rename(r"^patch_embed\.7\.", r"stem.norm2."),
+            *SSM_SHAPES,
             rename(r"^(layers\.\d+\.downsample)\.1\.", r"\1.conv."),
             rename(r"^(layers\.\d+\.downsample)\.3\.", r"\1.norm."),
         ],
     }
     return [
-        also(rename(r"^patch_embed\.proj\.", r"patch_embed.0.")),
-        also(rename(r"^patch_embed\.norm\.", r"patch_embed.2.")),
-        also(rename(r"\.ln_1\.", r".norm.")),
-        also(rename(r"\.self_attention\.", r".op.")),
-        also(rename(r"^norm\.", r"classifier.norm.")),
-        also(rename(r"^head\.", r"classifier.head.")),
+        *FIRST_RELEASE,
         *own[generation],
-        *(rename(rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
-        rename(r"^layers\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.blocks.\2."),
+        rename(r"\.op\.conv2d\.", r".op.full_conv."),
+        *frame(),
         rename(r"^(stages\.\d+\.blocks\.\d+)\.norm\.", r"\1.norm1."),
         rename(r"\.convFFN\.linear1\.", r".mlp.fc1."),
         rename(r"\.convFFN\.linear2\.", r".mlp.fc2."),
         rename(r"\.convFFN\.dwc\.", r".mlp.conv."),
-        rename(r"\.op\.", r".mixer."),
-        rename(r"\.mixer\.conv2d\.", r".mixer.full_conv."),
         rename(r"\.mixer\.conv2d_b1\.", r".mixer.low_conv."),
         rename(r"\.mixer\.se\.fc\.0\.", r".mixer.excite.reduce."),
         rename(r"\.mixer\.se\.fc\.2\.", r".mixer.excite.expand."),
-        rename(r"\.mixer\.x_proj_weight$", r".mixer.ssm.x_proj"),
-        rename(r"\.mixer\.dt_projs_weight$", r".mixer.ssm.dt_weight"),
-        rename(r"\.mixer\.dt_projs_bias$", r".mixer.ssm.dt_bias"),
-        rename(r"\.mixer\.A_logs$", r".mixer.ssm.A_log"),
-        rename(r"\.mixer\.Ds$", r".mixer.ssm.D"),
-        rename(r"^classifier\.norm\.", r"norm."),
-        rename(r"^classifier\.head\.", r"head.fc."),
-        rename(r"^outnorm(\d+)\.", r"out_norms.\1."),
     ]
 
 
@@ -417,15 +389,6 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     out_indices = given.pop("out_indices", (0, 1, 2, 3))
     ours = translate(given, generation)
     if name == "VSSM":
-        return Published(MSVMamba(**ours), keys(generation), _run_classifier)
+        return Published(MSVMamba(**ours), keys(generation), run_classifier)
     model = StageMaps(MSVMamba(**{**ours, "num_classes": 0}), out_indices)
-    return Published(model, keys(generation), _run_backbone)
-
-
-def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    features, maps = model.forward_intermediates(inputs["x"])
-    return {"logits": model.forward_head(features)} | {f"stage{i}": x for i, x in enumerate(maps)}
-
-
-def _run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"out{i}": x for i, x in zip(model.out_indices, model(inputs["x"]), strict=True)}
+    return Published(model, keys(generation), run_backbone)

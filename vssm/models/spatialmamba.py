@@ -10,11 +10,9 @@ KEYS.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
@@ -24,9 +22,10 @@ from vssm.layers.mixer import ScanMixer
 from vssm.layers.mlla import ConditionedBlock, InvertedDownsample, ResidualStem
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import decay, ssm_parameters
-from vssm.models.backbone import StageMaps
-from vssm.models.base import Hierarchical, Stage
+from vssm.models.backbone import StageMaps, run_backbone, run_classifier
+from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename, reshape, stack
+from vssm.models.names import MIXER
 from vssm.models.variant import NotCovered, Published, Variant, Weights
 
 REPOSITORY = "EdwardChasel/Spatial-Mamba"
@@ -108,18 +107,12 @@ class SpatialMamba(Hierarchical):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
-        dims = [dim * 2**i for i in range(len(depths))] if isinstance(dim, int) else list(dim)
-        if len(dims) != len(depths):
-            raise ValueError(f"SpatialMamba: dim must name one width a stage ({len(depths)} in depths), got {dims}")
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        stages = []
-        for i, (depth, width) in enumerate(zip(depths, dims, strict=True)):
-            shrink = InvertedDownsample(dims[i - 1], width) if i else nn.Identity()
-            blocks = [
-                ConditionedBlock(width, FusedStateMixer(width, scan, scan_options), mlp_ratio, rate)
-                for rate in islice(rates, depth)
-            ]
-            stages.append(Stage(shrink, blocks))
+        dims = widths("SpatialMamba", dim, depths)
+
+        def block(i: int, j: int, rate: float) -> nn.Module:
+            return ConditionedBlock(dims[i], FusedStateMixer(dims[i], scan, scan_options), mlp_ratio, rate)
+
+        stages = make_stages(depths, dims, drop_path_rate, block, InvertedDownsample)
         super().__init__(
             ResidualStem(in_chans, dims[0]), stages, dims, ChannelNorm(dims[-1]),
             num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate,
@@ -140,12 +133,7 @@ KEYS: list[Rule] = [
     reshape(r"\.Ds$", "d -> 1 d"),
     rename(r"\.self_attention\.", r".mixer."),
     rename(r"\.mixer\.state_fusion\.", r".mixer.fusion."),
-    rename(r"\.mixer\.conv2d\.", r".mixer.conv."),
-    rename(r"\.mixer\.x_proj_weight$", r".mixer.ssm.x_proj"),
-    rename(r"\.mixer\.dt_projs_weight$", r".mixer.ssm.dt_weight"),
-    rename(r"\.mixer\.dt_projs_bias$", r".mixer.ssm.dt_bias"),
-    rename(r"\.mixer\.A_logs$", r".mixer.ssm.A_log"),
-    rename(r"\.mixer\.Ds$", r".mixer.ssm.D"),
+    *MIXER,
     rename(r"\.cpe(\d)\.", r".position\1."),
     rename(r"\.ln_(\d)\.", r".norm\1."),
     rename(r"^patch_embed\.", r"stem."),
@@ -214,15 +202,6 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     out_indices = given.pop("out_indices", (0, 1, 2, 3))
     ours = translate(given)
     if name == "SpatialMamba":
-        return Published(SpatialMamba(**ours), KEYS, _run_classifier)
+        return Published(SpatialMamba(**ours), KEYS, run_classifier)
     model = SpatialMamba(**{**ours, "num_classes": 0})
-    return Published(StageMaps(model, out_indices), KEYS, _run_backbone)
-
-
-def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    features, maps = model.forward_intermediates(inputs["x"])
-    return {"logits": model.forward_head(features)} | {f"stage{i}": x for i, x in enumerate(maps)}
-
-
-def _run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"out{i}": x for i, x in zip(model.out_indices, model(inputs["x"]), strict=True)}
+    return Published(StageMaps(model, out_indices), KEYS, run_backbone)

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
-from timm.layers import DropPath, GluMlp, Mlp, calculate_drop_path_rates, get_act_layer
+from timm.layers import DropPath, GluMlp, Mlp, get_act_layer
 from torch import Tensor, nn
 
 from vssm.layers.downsample import ConvDownsample, PatchMerging
@@ -27,9 +26,10 @@ from vssm.layers.norm import NORMS
 from vssm.layers.position import resize_map
 from vssm.layers.ssm import ssm_parameters
 from vssm.layers.stem import ConvStem, PatchStem
-from vssm.models.backbone import StageMaps
-from vssm.models.base import Hierarchical, Stage, adapted
+from vssm.models.backbone import StageMaps, run_backbone, run_classifier
+from vssm.models.base import Hierarchical, adapted, make_stages, widths
 from vssm.models.keys import Rule, also, rename, reshape
+from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
 from vssm.models.variant import NotCovered, Published, Variant, Weights
 from vssm.scans import scan_table
 
@@ -141,9 +141,7 @@ class VMamba(Hierarchical):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
-        dims = [dim * 2**i for i in range(len(depths))] if isinstance(dim, int) else list(dim)
-        if len(dims) != len(depths):
-            raise ValueError(f"VMamba: dim must name one width a stage ({len(depths)} in depths), got {dims}")
+        dims = widths("VMamba", dim, depths)
         make_norm = _part("norm", norm, NORMS)
         make_mixer = partial(
             _part("mixer", mixer, MIXERS), scan=scan, scan_options=scan_options, expand=expand, d_state=d_state,
@@ -152,12 +150,11 @@ class VMamba(Hierarchical):
         )  # fmt: skip
         make_mlp = partial(_part("mlp", mlp, MLPS), ratio=mlp_ratio, act=get_act_layer(mlp_act)) if mlp_ratio else None
         make_downsample = _part("downsample", downsample, DOWNSAMPLES)
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        stages = []
-        for i, (depth, width) in enumerate(zip(depths, dims, strict=True)):
-            shrink = make_downsample(dims[i - 1], width, make_norm) if i else nn.Identity()
-            blocks = [VMambaBlock(width, make_mixer, make_mlp, make_norm, rate) for rate in islice(rates, depth)]
-            stages.append(Stage(shrink, blocks))
+        stages = make_stages(
+            depths, dims, drop_path_rate,
+            block=lambda i, j, rate: VMambaBlock(dims[i], make_mixer, make_mlp, make_norm, rate),
+            downsample=lambda dim, out: make_downsample(dim, out, make_norm),
+        )  # fmt: skip
         side = position_size // patch_size if position_size else None
         made_stem = _part("stem", stem, STEMS)(in_chans, dims[0], patch_size, make_norm, side)
         super().__init__(
@@ -186,12 +183,7 @@ def _part(name: str, value: str, parts: Mapping[str, Any]) -> Any:
 
 
 WIDER_NAMES = [  # of other releases of the same weights
-    also(rename(r"^patch_embed\.proj\.", r"patch_embed.0.")),
-    also(rename(r"^patch_embed\.norm\.", r"patch_embed.2.")),
-    also(rename(r"\.ln_1\.", r".norm.")),
-    also(rename(r"\.self_attention\.", r".op.")),
-    also(rename(r"^norm\.", r"classifier.norm.")),
-    also(rename(r"^head\.", r"classifier.head.")),
+    *FIRST_RELEASE,
     also(rename(r"\.op\.x_proj\.weight$", r".op.x_proj_weight")),
     also(rename(r"\.op\.dt_projs\.weight$", r".op.dt_projs_weight")),
     also(reshape(r"\.op\.(x_proj|dt_projs)_weight$", "(k r) d -> k r d")),
@@ -217,26 +209,10 @@ def keys(downsample: str, stages: int = 4, out_norm: str | None = "layer") -> li
         *WIDER_NAMES,
         *(merging if downsample == "merge" else convolving),
         *out_norms.get(out_norm, []),
-        reshape(r"\.A_logs$", "(k d) n -> k d n"),
-        reshape(r"\.Ds$", "(k d) -> k d"),
-        rename(r"^patch_embed\.0\.", r"stem.conv1."),
-        rename(r"^patch_embed\.2\.", r"stem.norm1."),
-        rename(r"^patch_embed\.5\.", r"stem.conv2."),
-        rename(r"^patch_embed\.7\.", r"stem.norm2."),
+        *SSM_SHAPES,
         rename(r"^pos_embed$", r"stem.pos_embed"),
-        *(rename(rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(stages - 1)),
-        rename(r"^layers\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.blocks.\2."),
+        *frame(stages),
         rename(r"^(stages\.\d+\.blocks\.\d+)\.norm\.", r"\1.norm1."),
-        rename(r"\.op\.", r".mixer."),
-        rename(r"\.mixer\.conv2d\.", r".mixer.conv."),
-        rename(r"\.mixer\.x_proj_weight$", r".mixer.ssm.x_proj"),
-        rename(r"\.mixer\.dt_projs_weight$", r".mixer.ssm.dt_weight"),
-        rename(r"\.mixer\.dt_projs_bias$", r".mixer.ssm.dt_bias"),
-        rename(r"\.mixer\.A_logs$", r".mixer.ssm.A_log"),
-        rename(r"\.mixer\.Ds$", r".mixer.ssm.D"),
-        rename(r"^classifier\.norm\.", r"norm."),
-        rename(r"^classifier\.head\.", r"head.fc."),
-        rename(r"^outnorm(\d+)\.", r"out_norms.\1."),
     ]
 
 
@@ -384,14 +360,5 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     model = VMamba(**ours)
     own_keys = keys(ours["downsample"], len(model.stages), ours["out_norm"])
     if name == "VSSM":
-        return Published(model, own_keys, _run_classifier)
-    return Published(StageMaps(model, out_indices, norm=type(model.norm)), own_keys, _run_backbone)
-
-
-def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    features, maps = model.forward_intermediates(inputs["x"])
-    return {"logits": model.forward_head(features)} | {f"stage{i}": x for i, x in enumerate(maps)}
-
-
-def _run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"out{i}": x for i, x in zip(model.out_indices, model(inputs["x"]), strict=True)}
+        return Published(model, own_keys, run_classifier)
+    return Published(StageMaps(model, out_indices, norm=type(model.norm)), own_keys, run_backbone)

@@ -9,11 +9,10 @@ that code), weights on the Hugging Face hub. Same function; other key names, see
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
-from timm.layers import Attention, LayerNorm, calculate_drop_path_rates
+from timm.layers import Attention, LayerNorm
 from torch import Tensor, nn
 
 from vssm.layers.conv import depthwise
@@ -22,8 +21,8 @@ from vssm.layers.layout import over_map
 from vssm.layers.mlla import ConditionedBlock, InvertedDownsample, ResidualStem
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import decay, dt_bias_
-from vssm.models.backbone import StageMaps
-from vssm.models.base import Hierarchical, Stage
+from vssm.models.backbone import StageMaps, run_backbone, run_classifier
+from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename
 from vssm.models.variant import NotCovered, Published, Variant, Weights
 
@@ -119,22 +118,19 @@ class VSSD(Hierarchical):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
-        dims = [dim * 2**i for i in range(len(depths))] if isinstance(dim, int) else list(dim)
-        for name, values in (("dim", dims), ("heads", heads), ("mixers", mixers)):
+        dims = widths("VSSD", dim, depths)
+        for name, values in (("heads", heads), ("mixers", mixers)):
             if len(values) != len(depths):
                 raise ValueError(f"VSSD: {name} must name one a stage ({len(depths)} in depths), got {tuple(values)}")
         unknown = sorted(set(mixers) - set(MIXERS))
         if unknown:
             raise ValueError(f"VSSD: mixers must be of {', '.join(MIXERS)}, got {unknown[0]!r}")
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        stages = []
-        for i, (depth, width) in enumerate(zip(depths, dims, strict=True)):
-            shrink = InvertedDownsample(dims[i - 1], width) if i else nn.Identity()
-            blocks = [
-                ConditionedBlock(width, MIXERS[mixers[i]](width, heads[i], d_state), mlp_ratio, rate)
-                for rate in islice(rates, depth)
-            ]
-            stages.append(Stage(shrink, blocks))
+
+        def block(i: int, j: int, rate: float) -> nn.Module:
+            mixer = MIXERS[mixers[i]](dims[i], heads[i], d_state)
+            return ConditionedBlock(dims[i], mixer, mlp_ratio, rate)
+
+        stages = make_stages(depths, dims, drop_path_rate, block, InvertedDownsample)
         super().__init__(
             ResidualStem(in_chans, dims[0]), stages, dims, ChannelNorm(dims[-1]),
             num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate,
@@ -232,14 +228,5 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     out_indices = given.pop("out_indices", (0, 1, 2, 3))
     ours = translate(given)
     if name == "VMAMBA2":
-        return Published(VSSD(**ours), KEYS, _run_classifier)
-    return Published(StageMaps(VSSD(**{**ours, "num_classes": 0}), out_indices), KEYS, _run_backbone)
-
-
-def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    features, maps = model.forward_intermediates(inputs["x"])
-    return {"logits": model.forward_head(features)} | {f"stage{i}": x for i, x in enumerate(maps)}
-
-
-def _run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"out{i}": x for i, x in zip(model.out_indices, model(inputs["x"]), strict=True)}
+        return Published(VSSD(**ours), KEYS, run_classifier)
+    return Published(StageMaps(VSSD(**{**ours, "num_classes": 0}), out_indices), KEYS, run_backbone)
