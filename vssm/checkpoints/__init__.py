@@ -17,6 +17,7 @@ from vssm.checkpoints.digest import digest
 from vssm.checkpoints.download import DownloadError, cached_path, locate, sha256, source_url
 from vssm.checkpoints.files import Checkpoint, read_checkpoint, write_checkpoint
 from vssm.checkpoints.fit import Misfits, best_row, explanation, looks_like, misfits, translated
+from vssm.checkpoints.transfer import Transfer, load_encoder
 from vssm.models.keys import Rule, shapes_of
 from vssm.models.variant import Weights
 
@@ -24,9 +25,11 @@ __all__ = [
     "Checkpoint",
     "DownloadError",
     "Report",
+    "Transfer",
     "accept_published_names",
     "cached_path",
     "digest",
+    "load_encoder",
     "load_pretrained",
     "load_state",
     "load_weights",

@@ -1,15 +1,18 @@
-"""Depthwise convolutions: over the grid, and causally along the rows of a table."""
+"""Convolutions: depthwise over the grid, causally along the rows of a table, and one in the place of a mixer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from vssm.kernels import causal_conv1d
+from vssm.layers.layout import over_map
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def depthwise(dim: int, size: int, spatial_dims: int = 2, bias: bool = True) -> nn.Module:
@@ -19,14 +22,31 @@ def depthwise(dim: int, size: int, spatial_dims: int = 2, bias: bool = True) -> 
     return CONVS[spatial_dims](dim, dim, size, padding=size // 2, groups=dim, bias=bias)
 
 
+class ConvMixer(nn.Module):
+    """SiLU and a convolution of side 3, in the place of a mixer of the same width. (B, L, C) tokens in and out.
+
+    The mixer of the twins without Mamba.
+    """
+
+    def __init__(self, dim: int, spatial_dims: int = 2):
+        super().__init__()
+        self.act, self.conv = nn.SiLU(), CONVS[spatial_dims](dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        return over_map(self.conv, self.act(x), grid)
+
+
 class SequenceConv(nn.Module):
-    """Causal depthwise convolution and SiLU along each row of a table. (b, l, d) to (b, k, l, d), in grid order.
+    """Causal depthwise convolution and SiLU along each row of a table, in grid order.
+
+    (b, l, d) or (b, k, l, d) to (b, k, l, d). One set of taps, ``rows=1``, serves a table of any number of rows.
 
     The row, not the grid, says which cells are neighbours: each sees itself and the ``size - 1`` cells read before it.
     """
 
     def __init__(self, dim: int, rows: int, size: int = 4, bias: bool = True):
         super().__init__()
+        self.one_set = rows == 1
         self.weight = nn.Parameter(torch.empty(rows, dim, size))  # the last tap meets the current step
         self.bias = nn.Parameter(torch.empty(rows, dim)) if bias else None
         self.reset_parameters()
@@ -38,7 +58,11 @@ class SequenceConv(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, table: Tensor, revisits: bool | None = None) -> Tensor:
-        y, _ = causal_conv1d(x, self.weight, self.bias, activation="silu", table=table, revisits=revisits)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if self.one_set:
+            weight, bias = weight[0], None if bias is None else bias[0]
+        y, _ = causal_conv1d(x, weight, bias, activation="silu", table=table, revisits=revisits)
         return y
 
     def extra_repr(self) -> str:

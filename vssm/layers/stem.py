@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vssm.layers.conv import CONVS
 from vssm.layers.norm import ChannelNorm
 
 
@@ -33,9 +34,11 @@ class PatchStem(Stem):
         patch_size: int,
         norm: Callable[[int], nn.Module] = ChannelNorm,
         side: int | None = None,
+        *,
+        spatial_dims: int = 2,
     ):
         super().__init__(dim, side)
-        self.conv1, self.norm1 = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size), norm(dim)
+        self.conv1, self.norm1 = CONVS[spatial_dims](in_chans, dim, patch_size, stride=patch_size), norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.place(self.norm1(self.conv1(x)))
@@ -51,12 +54,14 @@ class ConvStem(Stem):
         patch_size: int,
         norm: Callable[[int], nn.Module] = ChannelNorm,
         side: int | None = None,
+        *,
+        spatial_dims: int = 2,
     ):
         super().__init__(dim, side)
-        stride = patch_size // 2
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, stride + 1, stride, padding=1)
+        stride, conv = patch_size // 2, CONVS[spatial_dims]
+        self.conv1 = conv(in_chans, dim // 2, stride + 1, stride, padding=1)
         self.norm1, self.act = norm(dim // 2), nn.GELU()
-        self.conv2 = nn.Conv2d(dim // 2, dim, stride + 1, stride, padding=1)
+        self.conv2 = conv(dim // 2, dim, stride + 1, stride, padding=1)
         self.norm2 = norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:

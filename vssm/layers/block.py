@@ -1,0 +1,42 @@
+"""The residual block of VMamba around any mixer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from vssm.layers.layout import over_tokens, to_map, to_tokens
+from vssm.layers.norm import ChannelNorm
+
+Make = Callable[[int], nn.Module]  # a part, for this many channels
+
+
+class MixerBlock(nn.Module):
+    """Norm, mix, add; with an MLP also norm, MLP, add. (B, C, *grid) in and out, channels last in memory.
+
+    Args:
+        dim: Channels.
+        mixer: Makes the mixer, (tokens (B, L, C), grid) to tokens.
+        mlp: Makes the MLP of tokens; None for none.
+        norm: Makes the norms.
+        drop_path: Rate of stochastic depth, for each branch.
+    """
+
+    def __init__(
+        self, dim: int, mixer: Make, mlp: Make | None = None, norm: Make = ChannelNorm, drop_path: float = 0.0
+    ):
+        super().__init__()
+        self.norm1, self.mixer = norm(dim), mixer(dim)
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = norm(dim) if mlp else None
+        self.mlp = mlp(dim) if mlp else None
+        self.drop_path2 = DropPath(drop_path) if mlp and drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = x.shape[2:]
+        x = x + self.drop_path1(to_map(self.mixer(to_tokens(self.norm1(x)), grid), grid))
+        if self.mlp is not None:
+            x = x + self.drop_path2(over_tokens(self.mlp, self.norm2(x)))
+        return x
