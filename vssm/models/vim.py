@@ -31,6 +31,7 @@ from vssm.layers.mixer import ScanMixer
 from vssm.layers.patch import PatchEmbed
 from vssm.layers.position import CLASS_TOKENS, Rotary, insert_class_tokens, resize_tokens, split_class_tokens
 from vssm.layers.ssm import ssm_parameters
+from vssm.models.backbone import pyramid, quarters
 from vssm.models.base import Isotropic, adapted, linear_head
 from vssm.models.keys import Rule, drop, rename, reshape, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights
@@ -231,6 +232,10 @@ class Vim(Isotropic):
         if self.rope is not None:
             self.rope.skip = 0
 
+    def as_backbone(self, out_indices: Sequence[int] | None = None, **options: Any) -> VimBackbone:
+        """The published backbone on this trunk; by default of four blocks at equal distances."""
+        return VimBackbone(self, out_indices or quarters(len(self.blocks)), **options)
+
     def adapt_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict whose position table has this model's size, resized from that of square images.
 
@@ -312,22 +317,22 @@ class VimBackbone(nn.Module):
         if features == "branch" or last != "norm":
             trunk.norm = nn.Identity()
         self.trunk = trunk
-        self.pyramid = nn.ModuleList(_pyramid(trunk.embed_dim, trunk.patch_embed.stride))
+        self.pyramid = nn.ModuleList(pyramid(trunk.embed_dim, trunk.patch_embed.stride))
         self.feature_info = [
             {"num_chs": trunk.embed_dim, "reduction": 4 * 2**i, "module": f"pyramid.{i}"} for i in range(4)
         ]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x, grid = self.trunk.embed(x)
-        blocks, maps = self.trunk.blocks[: max(self.out_indices) + 1], []
+        blocks, maps = self.trunk.blocks[: max(self.out_indices) + 1], {}
         for i, block in enumerate(blocks):
             x = block.turn_in(x)
             branch = checkpoint(block.branch, x, grid) if self.trunk.grad_checkpointing else block.branch(x, grid)
             x = x + block.turn_out(block.drop_path(branch))
             if i in self.out_indices:
-                maps.append(to_map(self.feature(i, branch, x), grid))
-        maps = maps * 4 if len(maps) == 1 else maps
-        return [level(x) for level, x in zip(self.pyramid, maps, strict=True)]
+                maps[i] = to_map(self.feature(i, branch, x), grid)
+        take = self.out_indices * 4 if len(self.out_indices) == 1 else self.out_indices
+        return [level(maps[i]) for level, i in zip(self.pyramid, take, strict=True)]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.trunk.set_grad_checkpointing(enable)
@@ -342,18 +347,6 @@ class VimBackbone(nn.Module):
         if i < len(self.trunk.blocks) - 1:
             return self.trunk.blocks[i + 1].turn_in(x)  # As published: as the next block reads it.
         return branch if self.last == "branch" else self.trunk.norm(x)
-
-
-def _pyramid(dim: int, stride: int) -> list[nn.Module]:
-    def double() -> nn.Module:
-        return nn.ConvTranspose2d(dim, dim, 2, stride=2)
-
-    if stride == 16:
-        quadruple = nn.Sequential(double(), nn.BatchNorm2d(dim), nn.GELU(), double())
-        return [quadruple, nn.Sequential(double()), nn.Identity(), nn.MaxPool2d(2)]
-    if stride == 8:
-        return [nn.Sequential(double()), nn.Identity(), nn.MaxPool2d(2), nn.MaxPool2d(4)]
-    raise ValueError(f"VimBackbone: the trunk's stride must be 16 or 8, got {stride}")
 
 
 def keys(directions: str = "v2") -> list[Rule]:
