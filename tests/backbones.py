@@ -27,6 +27,7 @@ class Backbone:
     isotropic = False
     op = "selective_scan"                                       # what FX must see as a leaf
     decayed = frozenset({"A_log", "dt_bias"})                   # parameters of the SSM that the published recipe decays
+    head_ratio = 1                                              # channels before the classifier over those of the map
     undecayed: tuple[str, ...] = ()                             # what else is not decayed, beside norms and biases
 
     def build(self, **kwargs: Any) -> nn.Module:
@@ -47,7 +48,9 @@ class Backbone:
         model, x = self.build().eval(), self.images()
         features = model.forward_features(x)
         pooled = model.forward_head(features, pre_logits=True)
-        assert pooled.shape == (2, model.num_features) == (2, model.head_hidden_size)
+        assert pooled.shape == (2, model.head_hidden_size) == (2, self.head_ratio * model.num_features)
+        classifier = model.get_classifier()                     # two of them are averaged
+        assert not isinstance(classifier, nn.Module) or torch.equal(classifier(pooled), model(x))
         model.reset_classifier(7)
         assert model(x).shape == (2, 7)
         assert model.num_classes == 7

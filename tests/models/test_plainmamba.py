@@ -92,7 +92,7 @@ def test_the_position_table_is_resized_on_loading():
     load_state(target, to_published(source.state_dict(), KEYS), KEYS, adapt=["img_size"])
     x = torch.randn(1, 3, 48, 24)
     assert error(target.eval()(x), source.eval()(x)) < TOLERANCE[torch.float32]
-    with pytest.raises(ValueError, match=r"must be that of square images, got 18 cells"):
+    with pytest.raises(ValueError, match=r"must be that of square images, got 18 patches"):
         source.adapt_state(target.state_dict())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -69,6 +70,44 @@ def resize_tokens(
     return patches if where is None else insert_class_tokens(patches, tokens, where)
 
 
+def positions(table: Tensor, own: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """A table (1, L, C) of the grid ``own``, resized to another one where it differs. For FX, wrap it."""
+    known = all(isinstance(size, int) for size in grid)  # a comparison of symbolic sizes would be a guard of an export
+    return table if known and tuple(grid) == tuple(own) else resize_tokens(table, own, grid, None)
+
+
+def resize_square(
+    who: str, table: Tensor, grid: Sequence[int], where: str | None = None, class_row: str = "own"
+) -> Tensor:
+    """Resize the table of square images to another grid; see ``resize_tokens``.
+
+    Raises:
+        ValueError: If its patches are not those of square images.
+    """
+    count = table.shape[1] - CLASS_TOKENS[where]
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ValueError(
+            f"{who}: the position table must be that of square images, got {count} patches; load it into a model of "
+            "its own img_size, and resize that one"
+        )
+    return resize_tokens(table, (side, side), grid, where, class_row)
+
+
+def axial_angles(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
+    """Angles of rotary embedding on a grid, (h w, dim): half of the channels for the row, half for the column.
+
+    Args:
+        rows, columns: Where they lie, (h,) and (w,); the angles have their dtype.
+        dim: Channels, a multiple of 4; pairs of them turn by one angle.
+    """
+    half = dim // 2
+    frequency = 1.0 / 10000 ** (torch.arange(0, half, 2, dtype=rows.dtype, device=rows.device) / half)
+    h, w = len(rows), len(columns)
+    by_row, by_column = ((place[:, None] * frequency).repeat_interleave(2, -1) for place in (rows, columns))
+    return torch.cat([by_row[:, None].expand(h, w, half), by_column[None].expand(h, w, half)], -1).flatten(0, 1)
+
+
 class Rotary(nn.Module):
     """Turn pairs of channels by the position of their cell (axial 2D rotary embedding). (B, L, C) in and out.
 
@@ -90,12 +129,8 @@ class Rotary(nn.Module):
 
     def set_grid(self, grid: Sequence[int]) -> None:
         """Compute the table (L, C) of this grid. In float32, as the published buffers."""
-        half = self.dim // 2
-        frequency = 1.0 / 10000 ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
-        rows, columns = ((torch.arange(n, dtype=torch.float32) / n * ROTARY_GRID)[:, None] * frequency for n in grid)
-        rows, columns = rows.repeat_interleave(2, -1), columns.repeat_interleave(2, -1)  # (h, c/2), (w, c/2)
-        h, w = grid
-        angle = torch.cat([rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)], -1).flatten(0, 1)
+        rows, columns = (torch.arange(n, dtype=torch.float32) / n * ROTARY_GRID for n in grid)
+        angle = axial_angles(rows, columns, self.dim)
         self.cos, self.sin = angle.cos().to(self.cos), angle.sin().to(self.sin)
 
     def forward(self, x: Tensor) -> Tensor:

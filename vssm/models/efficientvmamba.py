@@ -32,7 +32,7 @@ from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename
 from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
-from vssm.models.variant import NotCovered, Published, Variant, Weights
+from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
 from vssm.scans import scan_shape, to_sequences
 
 REPOSITORY = "TerryPei/EfficientVMamba"
@@ -214,13 +214,7 @@ SAME = {"in_chans": "in_chans", "num_classes": "num_classes", "patch_size": "pat
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``EfficientVMamba`` for those of the published ``EfficientVSSM``."""
-    given = {key: value for key, value in kwargs.items() if key not in INEFFECTIVE}
-    for key, value in UNCHANGED.items():
-        if given.pop(key, value) != value:
-            raise NotCovered(f"{key}={kwargs[key]!r}")
-    if given.keys() - SAME.keys():
-        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - SAME.keys()))}")
-    return {SAME[key]: value for key, value in given.items()}
+    return translated(kwargs, SAME, UNCHANGED, INEFFECTIVE)
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:

@@ -25,7 +25,7 @@ from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.models.backbone import run_classifier
 from vssm.models.base import Hierarchical, Indices, linear_head, make_stages
 from vssm.models.keys import Rule, rename, reshape, stack
-from vssm.models.variant import NotCovered, Published, Variant, Weights
+from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
 from vssm.scans import scan_shape, scan_table, visits_once
 
 REPOSITORY = "Amshaker/GroupMamba"
@@ -395,13 +395,7 @@ TRAINING = {"drop_path_rate", "pretrained"}  # do not change what is computed
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``GroupMamba`` for those of the published one."""
-    given = {key: value for key, value in kwargs.items() if key not in TRAINING}
-    for key, value in UNCHANGED.items():
-        if given.pop(key, value) != value:
-            raise NotCovered(f"{key}={kwargs[key]!r}")
-    if given.keys() - SAME.keys():
-        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - SAME.keys()))}")
-    return {SAME[key]: value for key, value in given.items()}
+    return translated(kwargs, SAME, UNCHANGED, TRAINING)
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:

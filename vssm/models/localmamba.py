@@ -26,7 +26,7 @@ from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, drop, rename, reshape, stack
 from vssm.models.localvim import EPS, SEARCHED, LocalVim, LocalVimBackbone
 from vssm.models.names import SSM_SHAPES, frame
-from vssm.models.variant import NotCovered, Published, Variant, Weights
+from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
 
 REPOSITORY = "hunto/LocalMamba"
 FIXED = "h h_flip w2 w2_flip"
@@ -244,16 +244,11 @@ VMAMBA_UNCHANGED = {
 
 def translate_vmamba(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``LocalVMamba`` for those of the published ``VSSM``."""
-    given = {key: value for key, value in kwargs.items() if key not in ELSEWHERE}
-    for key, value in VMAMBA_UNCHANGED.items():
-        if given.pop(key, value) != value:
-            raise NotCovered(f"{key}={kwargs[key]!r}")
+    given = dict(kwargs)
     directions = given.pop("directions", None)
     if directions is None:
         raise NotCovered("directions=None is the network that directions are searched with")
-    if given.keys() - VMAMBA_SAME.keys():
-        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - VMAMBA_SAME.keys()))}")
-    ours = {VMAMBA_SAME[key]: value for key, value in given.items()}
+    ours = translated(given, VMAMBA_SAME, VMAMBA_UNCHANGED, ELSEWHERE)
     return {**ours, "directions": [" ".join(names) for names in directions]}
 
 

@@ -24,11 +24,20 @@ from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.local_mixer import Directions, local_mixers
 from vssm.layers.patch import PatchEmbed
-from vssm.layers.position import CLASS_TOKENS, Rotary, insert_class_tokens, resize_tokens, split_class_tokens
+from vssm.layers.position import (
+    CLASS_TOKENS,
+    Rotary,
+    insert_class_tokens,
+    positions,
+    resize_square,
+    resize_tokens,
+    split_class_tokens,
+)
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.base import Isotropic, adapted, linear_head
 
 EPS = 1e-5
+torch.fx.wrap("positions")
 NORMS = {"rms": RmsNorm, "layer": LayerNorm}
 POOLS = ("avg", "token", "")
 
@@ -61,13 +70,6 @@ class ResizedRotary(Rotary):
     def turn(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         sin, cos = (positions(table[None], self.grid, grid)[0] for table in (self.sin, self.cos))
         return apply_rot_embed(x, sin, cos)
-
-
-@torch.fx.wrap
-def positions(table: Tensor, own: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """A table (1, L, C) of the grid ``own``, resized to another one where it differs."""
-    known = all(isinstance(size, int) for size in grid)  # a comparison of symbolic sizes would be a guard of an export
-    return table if known and tuple(grid) == tuple(own) else resize_tokens(table, own, grid, None)
 
 
 @torch.fx.wrap
@@ -231,14 +233,7 @@ class LocalVim(Isotropic):
     def _resized(self, table: Tensor) -> Tensor:
         if table.shape == self.pos_embed.shape:
             return table
-        count = table.shape[1] - CLASS_TOKENS[self.class_token]
-        side = math.isqrt(count)
-        if side * side != count:
-            raise ValueError(
-                f"LocalVim.adapt_state: the position table must be that of square images, got {count} patches; "
-                "load it into a model of its own img_size, then call set_input_size"
-            )
-        return resize_tokens(table, (side, side), self.grid, self.class_token)
+        return resize_square("LocalVim.adapt_state", table, self.grid, self.class_token)
 
     def no_weight_decay(self) -> set[str]:
         """Biases and norms aside (timm knows them). As published: A_log is decayed."""

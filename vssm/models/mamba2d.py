@@ -30,11 +30,12 @@ from vssm.kernels.scan2d import scan2d
 from vssm.layers.conv import depthwise
 from vssm.layers.layout import over_map, to_map, to_tokens
 from vssm.layers.norm import ChannelNorm
+from vssm.layers.position import axial_angles
 from vssm.layers.ssm import decay, dt_bias_
 from vssm.models.backbone import run_classifier
 from vssm.models.base import Hierarchical, Indices, make_stages
 from vssm.models.keys import Rule, rename, stack
-from vssm.models.variant import NotCovered, Published, Variant, Weights
+from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
 
 REPOSITORY = "cocoalex00/Mamba2D"
 HEAD_DIM = 32
@@ -176,14 +177,8 @@ def rotary_table(grid: Sequence[int], device: torch.device) -> tuple[Tensor, Ten
 
     As published: computed in float32, whatever the model has.
     """
-    half = HEAD_DIM // 2
-    frequency = 1.0 / 10000 ** (torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
-    h, w = grid
-    rows, columns = (
-        (torch.arange(n, dtype=torch.float32, device=device)[:, None] * frequency).repeat_interleave(2, -1)
-        for n in (h, w)
-    )
-    angle = torch.cat([rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)], -1).flatten(0, 1)
+    rows, columns = (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
+    angle = axial_angles(rows, columns, HEAD_DIM)
     return angle.sin(), angle.cos()
 
 
@@ -426,10 +421,7 @@ INEFFECTIVE = {"drop_path_rate", "recomp"}  # in training only; the same numbers
 
 def translate(kwargs: Mapping[str, Any], first: bool) -> dict[str, Any]:
     """Arguments of ``Mamba2D`` for those of the published classifier, of its first generation or its second."""
-    given = {key: value for key, value in kwargs["backbone"].items() if key not in INEFFECTIVE}
-    for key, value in UNCHANGED.items():
-        if given.pop(key, value) != value:
-            raise NotCovered(f"{key}={kwargs['backbone'][key]!r}")
+    given = dict(kwargs["backbone"])
     missing = {"n_blocks", "embed_dim", "token_mixer"} - given.keys()
     if missing:
         raise NotCovered(f"the published defaults of {', '.join(sorted(missing))}")
@@ -439,12 +431,11 @@ def translate(kwargs: Mapping[str, Any], first: bool) -> dict[str, Any]:
     scales = given.pop("res_scale_init_values", (None, None, 1.0, 1.0))
     ours = dict(V1 if first else {"alternate": given.pop("inter_flip", False)})
     ours |= {"mixers": [TOKEN_MIXERS[name] for name in types], "scaled": [bool(scale) for scale in scales]}
-    if given.keys() - SAME.keys():
-        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - SAME.keys()))}")
+    ours |= translated(given, SAME, UNCHANGED, INEFFECTIVE)
     head = kwargs["head"]
-    if head.get("mlp_ratio", 4) != 4 or head["dim"] != given["embed_dim"][-1]:
+    if head.get("mlp_ratio", 4) != 4 or head["dim"] != ours["dims"][-1]:
         raise NotCovered(f"head={head!r}")
-    return ours | {SAME[key]: value for key, value in given.items()} | {"num_classes": head["n_classes"]}
+    return ours | {"num_classes": head["n_classes"]}
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:

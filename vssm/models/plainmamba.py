@@ -21,7 +21,7 @@ from vssm.kernels import selective_scan
 from vssm.layers.conv import depthwise
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map, to_map, to_tokens
-from vssm.layers.position import resize_tokens
+from vssm.layers.position import positions, resize_square
 from vssm.layers.ssm import SelectiveSSM, decay, ssm_parameters
 from vssm.models.base import Isotropic, adapted, linear_head
 from vssm.models.keys import Rule, drop, rename, stack
@@ -34,6 +34,7 @@ MOVES = 5  # into a cell: none (the first), right, left, up, down
 POOLS = ("avg", "")
 
 register_notrace_function(to_sequences)
+torch.fx.wrap("positions")
 
 
 class PatchStem(nn.Module):
@@ -243,25 +244,12 @@ class PlainMamba(Isotropic):
     def _resized(self, table: Tensor) -> Tensor:
         if table.shape == self.pos_embed.shape:
             return table
-        side = math.isqrt(table.shape[1])
-        if side * side != table.shape[1]:
-            raise ValueError(
-                f"PlainMamba.adapt_state: the position table must be that of square images, got {table.shape[1]} "
-                "cells; load it into a model of its own img_size, which takes images of any size"
-            )
-        return positions(table, (side, side), self.grid)
+        return resize_square("PlainMamba.adapt_state", table, self.grid)
 
     def no_weight_decay(self) -> set[str]:
         """Biases and norms aside (timm knows them)."""
         directions = (f"blocks.{i}.mixer.direction_B" for i in range(len(self.blocks)))
         return {"pos_embed", *ssm_parameters(self), *directions}
-
-
-@torch.fx.wrap
-def positions(table: Tensor, own: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """A position table (1, L, C) of the grid ``own``, resized to another one where it differs."""
-    known = all(isinstance(size, int) for size in grid)  # a comparison of symbolic sizes would be a guard of an export
-    return table if known and tuple(grid) == tuple(own) else resize_tokens(table, own, grid, None)
 
 
 def _check_pool(global_pool: str) -> None:

@@ -26,7 +26,7 @@ from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename, reshape, stack
 from vssm.models.names import MIXER
-from vssm.models.variant import NotCovered, Published, Variant, Weights
+from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
 
 REPOSITORY = "EdwardChasel/Spatial-Mamba"
 DILATIONS = (1, 3, 5)
@@ -184,13 +184,7 @@ INEFFECTIVE = {  # in training only; or, as published, nothing depends on it
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``SpatialMamba`` for those of the published one."""
-    given = {key: value for key, value in kwargs.items() if key not in INEFFECTIVE}
-    for key, value in UNCHANGED.items():
-        if given.pop(key, value) != value:
-            raise NotCovered(f"{key}={kwargs[key]!r}")
-    if given.keys() - SAME.keys():
-        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - SAME.keys()))}")
-    return {SAME[key]: value for key, value in given.items()}
+    return translated(kwargs, SAME, UNCHANGED, INEFFECTIVE)
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:

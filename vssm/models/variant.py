@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
@@ -102,6 +102,32 @@ class Published:
 
 class NotCovered(Exception):
     """A published option that no variant of ours uses; the message says which."""
+
+
+def translated(
+    kwargs: Mapping[str, Any],
+    same: Mapping[str, str],
+    unchanged: Mapping[str, Any] | None = None,
+    ineffective: Collection[str] = (),
+) -> dict[str, Any]:
+    """Arguments of a published constructor under our names.
+
+    Args:
+        kwargs: The published arguments.
+        same: Published names and ours, where the values are the same.
+        unchanged: Values of arguments for which we have no other.
+        ineffective: Arguments that change no output.
+
+    Raises:
+        NotCovered: If an argument is none of these, or has another value than ``unchanged`` says.
+    """
+    given = {key: value for key, value in kwargs.items() if key not in ineffective}
+    for key, value in (unchanged or {}).items():
+        if given.pop(key, value) != value:
+            raise NotCovered(f"{key}={kwargs[key]!r}")
+    if unknown := sorted(given.keys() - same.keys()):
+        raise NotCovered(f"arguments {', '.join(unknown)}")
+    return {same[key]: value for key, value in given.items()}
 
 
 @cache

@@ -29,7 +29,14 @@ from torch import Tensor, nn
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
 from vssm.layers.patch import PatchEmbed
-from vssm.layers.position import CLASS_TOKENS, Rotary, insert_class_tokens, resize_tokens, split_class_tokens
+from vssm.layers.position import (
+    CLASS_TOKENS,
+    Rotary,
+    insert_class_tokens,
+    resize_square,
+    resize_tokens,
+    split_class_tokens,
+)
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.backbone import pyramid, quarters
 from vssm.models.base import Isotropic, adapted, linear_head
@@ -249,14 +256,7 @@ class Vim(Isotropic):
     def _resized(self, table: Tensor) -> Tensor:
         if table.shape == self.pos_embed.shape:
             return table
-        count = table.shape[1] - CLASS_TOKENS[self.class_token]
-        side = math.isqrt(count)
-        if side * side != count:
-            raise ValueError(
-                f"Vim.adapt_state: the position table must be that of square images, got {count} patches; "
-                "load it into a model of its own img_size, then call set_input_size"
-            )
-        return resize_tokens(table, (side, side), self.grid, self.class_token, self.class_row)
+        return resize_square("Vim.adapt_state", table, self.grid, self.class_token, self.class_row)
 
     def no_weight_decay(self) -> set[str]:
         """Biases and norms aside (timm knows them). As published: A_log is decayed."""

@@ -10,17 +10,18 @@ MLP; s is the expansion, l the depth of the third stage). The short names are th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath, GluMlp, Mlp, get_act_layer
+from timm.layers import GluMlp, Mlp, get_act_layer
 from torch import Tensor, nn
 
+from vssm.layers.block import MixerBlock
 from vssm.layers.downsample import ConvDownsample, PatchMerging
 from vssm.layers.init import linear_like_transformers
-from vssm.layers.layout import over_map, over_tokens, to_map, to_tokens
+from vssm.layers.layout import over_map
 from vssm.layers.mixer import ScanMixer
 from vssm.layers.norm import NORMS
 from vssm.layers.position import resize_map
@@ -34,7 +35,6 @@ from vssm.models.variant import NotCovered, Published, Variant, Weights
 from vssm.scans import scan_table
 
 REPOSITORY = "MzeroMiko/VMamba"
-Make = Callable[[int], nn.Module]  # a part, for this many channels
 
 
 class CascadeMixer(ScanMixer):
@@ -55,25 +55,6 @@ class CascadeMixer(ScanMixer):
         table = scan_table("bidirectional", (1, length), x.device)
         # As published: the backward scan is added in its own order, last cell first.
         return self.ssm(x, table, rows=rows, write="steps")
-
-
-class VMambaBlock(nn.Module):
-    """Norm, scan, add; norm, MLP, add. (B, C, H, W) in and out, channels last in memory."""
-
-    def __init__(self, dim: int, mixer: Make, mlp: Make | None, norm: Make, drop_path: float = 0.0):
-        super().__init__()
-        self.norm1, self.mixer = norm(dim), mixer(dim)
-        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = norm(dim) if mlp else None
-        self.mlp = mlp(dim) if mlp else None
-        self.drop_path2 = DropPath(drop_path) if mlp and drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        grid = x.shape[2:]
-        x = x + self.drop_path1(to_map(self.mixer(to_tokens(self.norm1(x)), grid), grid))
-        if self.mlp is not None:
-            x = x + self.drop_path2(over_tokens(self.mlp, self.norm2(x)))
-        return x
 
 
 STEMS = {"patch": PatchStem, "conv": ConvStem}
@@ -152,7 +133,7 @@ class VMamba(Hierarchical):
         make_downsample = _part("downsample", downsample, DOWNSAMPLES)
         stages = make_stages(
             depths, dims, drop_path_rate,
-            block=lambda i, j, rate: VMambaBlock(dims[i], make_mixer, make_mlp, make_norm, rate),
+            block=lambda i, j, rate: MixerBlock(dims[i], make_mixer, make_mlp, make_norm, rate),
             downsample=lambda dim, out: make_downsample(dim, out, make_norm),
         )  # fmt: skip
         side = position_size // patch_size if position_size else None

@@ -24,7 +24,7 @@ from vssm.layers.ssm import decay, dt_bias_
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename
-from vssm.models.variant import NotCovered, Published, Variant, Weights
+from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
 
 REPOSITORY = "YuHengsss/VSSD"
 
@@ -207,16 +207,12 @@ ATTENTION_TYPES = {"mamba2": "duality", "standard": "attention"}
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``VSSD`` for those of the published ``VMAMBA2``."""
-    given = {"depths": (2, 4, 12, 4)} | {key: value for key, value in kwargs.items() if key not in INEFFECTIVE}
-    for key, value in UNCHANGED.items():
-        if given.pop(key, value) != value:
-            raise NotCovered(f"{key}={kwargs[key]!r}")
+    given = {"depths": (2, 4, 12, 4), **kwargs}
     types = given.pop("attn_types", ("mamba2", "mamba2", "mamba2", "standard"))
     if not set(types) <= set(ATTENTION_TYPES):
         raise NotCovered(f"attn_types={types!r}")
-    if given.keys() - SAME.keys():
-        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - SAME.keys()))}")
-    return {SAME[key]: value for key, value in given.items()} | {"mixers": [ATTENTION_TYPES[name] for name in types]}
+    ours = translated(given, SAME, UNCHANGED, INEFFECTIVE)
+    return {**ours, "mixers": [ATTENTION_TYPES[name] for name in types]}
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
