@@ -1,4 +1,4 @@
-"""Space-filling curves: generalised Hilbert and Morton, on any box."""
+"""Space-filling curves: generalised Hilbert on any box, Hilbert of a power of two, and Morton."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vssm.scans.raster import both_ways, cells_of
+from vssm.scans.raster import both_ways, lines
 from vssm.scans.registry import Grid, register_scan
 
 # A box is a start cell and one signed vector per axis of the recursion, all vectors along different grid axes.
@@ -15,45 +15,80 @@ Box = tuple[np.ndarray, ...]
 
 
 @register_scan(spatial_dims=(2, 3), permutation=True, rows=2)
-def hilbert(grid: Grid, transpose: bool = False) -> np.ndarray:
+def hilbert(grid: Grid, axes: str | None = None) -> np.ndarray:
     """The generalised Hilbert curve of any box ("gilbert", J. Červený), and the same backwards: (2, L).
 
     Where all sizes are even every step goes to a neighbour; odd sizes may hold a few diagonal steps. On squares and
-    cubes of a power of two it is a Hilbert curve. ``transpose`` draws the curve of the transposed grid.
+    cubes of a power of two it is a Hilbert curve. ``axes`` draws the curve of the grid with its axes in that order,
+    "hw" and "dhw" by default.
 
-    >>> hilbert((2, 2)).tolist()
-    [[0, 2, 3, 1], [1, 3, 2, 0]]
+    >>> hilbert((2, 2)).tolist(), hilbert((2, 2), axes="wh").tolist()[0]
+    ([[0, 2, 3, 1], [1, 3, 2, 0]], [0, 1, 3, 2])
     """
-    return both_ways(_on(grid, _gilbert, transpose))
+    return _along(_gilbert, grid, axes)
 
 
 @register_scan(spatial_dims=(2, 3), permutation=True, rows=2)
-def morton(grid: Grid, transpose: bool = False) -> np.ndarray:
+def hilbert_pow2(grid: Grid, axes: str | None = None) -> np.ndarray:
+    """The Hilbert curve of the enclosing cube of a power of two, and the same backwards: (2, L).
+
+    J. Skilling, "Programming the Hilbert curve" (AIP Conf. Proc. 707, 2004), whose first coordinate is the first of
+    ``axes``, "hw" and "dhw" by default. Cells that the grid lacks are left out, so steps can be long; in a cube every
+    step goes to a neighbour. Point Cloud Mamba (arXiv:2403.00762) sorts points so; "hdw" is its transposed curve.
+
+    >>> hilbert_pow2((2, 2)).tolist()[0], hilbert_pow2((2, 2, 2)).tolist()[0]
+    ([0, 1, 3, 2], [0, 1, 3, 2, 6, 7, 5, 4])
+    """
+    return _along(_skilling, grid, axes)
+
+
+@register_scan(spatial_dims=(2, 3), permutation=True, rows=2)
+def morton(grid: Grid, axes: str | None = None) -> np.ndarray:
     """Z-order, and the same backwards: (2, L). Cells are sorted by their coordinates' interleaved bits.
 
-    The last axis gives the lowest bit, with ``transpose`` the first. Cells of the enclosing power of two that the grid
-    lacks are left out, so steps can be long.
+    Of each level's bits the first of ``axes`` gives the highest, "hw" and "dhw" by default. Cells of the enclosing
+    power of two that the grid lacks are left out, so steps can be long.
 
-    >>> morton((2, 4))[0].tolist()
-    [0, 1, 4, 5, 2, 3, 6, 7]
+    >>> morton((2, 4))[0].tolist(), morton((2, 4), axes="wh")[0].tolist()
+    ([0, 1, 4, 5, 2, 3, 6, 7], [0, 4, 1, 5, 2, 6, 3, 7])
     """
-    return both_ways(_on(grid, _morton, transpose))
+    return _along(_morton, grid, axes)
 
 
-def _on(grid: Grid, curve: Callable[[Grid], np.ndarray], transpose: bool) -> np.ndarray:
-    """The cells along ``curve``, or along the curve of the transposed grid mapped back."""
-    if not transpose:
-        return curve(grid)
-    return cells_of(grid).T.ravel()[curve(grid[::-1])]
+def _along(curve: Callable[[Grid], np.ndarray], grid: Grid, axes: str | None) -> np.ndarray:
+    """The cells along the curve of the grid with its axes in the given order, and the same backwards."""
+    cells = lines(grid, axes)
+    return both_ways(cells.ravel()[curve(cells.shape)])
 
 
 def _morton(grid: Grid) -> np.ndarray:
-    key = np.zeros(grid, dtype=np.int64)
-    for axis, coordinate in enumerate(np.indices(grid, dtype=np.int64, sparse=True)):
-        low = len(grid) - 1 - axis  # this axis' place among the bits of one level
-        for bit in range(max(grid).bit_length()):
-            key |= (coordinate >> bit & 1) << (bit * len(grid) + low)
-    return np.argsort(key, axis=None)
+    return np.argsort(_interleaved(np.indices(grid)), axis=None)
+
+
+def _skilling(grid: Grid) -> np.ndarray:
+    """The curve, level by level from the coarsest: swap or flip the axes below, then Gray code."""
+    x = np.indices(grid)
+    levels = [1 << bit for bit in reversed(range((max(grid) - 1).bit_length()))]
+    for level in levels:
+        for axis in range(len(x)):
+            swap = np.where(x[axis] & level, 0, (x[0] ^ x[axis]) & (level - 1))
+            flip = np.where(x[axis] & level, level - 1, 0)
+            x[axis] ^= swap
+            x[0] ^= swap ^ flip
+    x = np.bitwise_xor.accumulate(x, axis=0)
+    low = x[-1].copy()
+    for level in levels:
+        x ^= np.where(low & level, level - 1, 0)
+    return np.argsort(_interleaved(x), axis=None)
+
+
+def _interleaved(coordinates: np.ndarray) -> np.ndarray:
+    """One number of the bits of all coordinates, the first one's bit the highest of each level."""
+    key = np.zeros(coordinates.shape[1:], dtype=np.int64)
+    for bit in range(int(coordinates.max()).bit_length()):
+        for low, coordinate in enumerate(coordinates[::-1]):
+            key |= (coordinate >> bit & 1) << (bit * len(coordinates) + low)
+    return key
 
 
 def _gilbert(grid: Grid) -> np.ndarray:

@@ -22,14 +22,19 @@ def both_ways(*paths: np.ndarray) -> np.ndarray:
     return np.concatenate([rows, rows[:, ::-1]])
 
 
-def _lines(grid: Grid, axes: str | None) -> np.ndarray:
-    """Cell numbers with the axes in the given order, slowest first."""
-    letters = AXES[len(grid)]
+def axis_numbers(dims: int, axes: str | None) -> list[int]:
+    """The grid's axes in the order that ``axes`` names them, as they lie if None: "wh" is [1, 0]."""
+    letters = AXES[dims]
     if axes is None:
-        return cells_of(grid)
+        return list(range(dims))
     if not isinstance(axes, str) or sorted(axes) != sorted(letters):
         raise ValueError(f"scan: axes must name each of {letters!r} once, slowest first, got {axes!r}")
-    return cells_of(grid).transpose([letters.index(letter) for letter in axes])
+    return [letters.index(letter) for letter in axes]
+
+
+def lines(grid: Grid, axes: str | None = None) -> np.ndarray:
+    """Cell numbers with the axes in the given order, slowest first."""
+    return cells_of(grid).transpose(axis_numbers(len(grid), axes))
 
 
 @register_scan(spatial_dims=(2, 3), permutation=True, rows=1)
@@ -39,7 +44,7 @@ def raster(grid: Grid, axes: str | None = None) -> np.ndarray:
     >>> raster((2, 3)).tolist(), raster((2, 3), axes="wh").tolist()
     ([[0, 1, 2, 3, 4, 5]], [[0, 3, 1, 4, 2, 5]])
     """
-    return _lines(grid, axes).reshape(1, -1)
+    return lines(grid, axes).reshape(1, -1)
 
 
 @register_scan(spatial_dims=(2, 3), permutation=True, rows=2)
@@ -49,7 +54,7 @@ def bidirectional(grid: Grid, axes: str | None = None) -> np.ndarray:
     >>> bidirectional((1, 3)).tolist()
     [[0, 1, 2], [2, 1, 0]]
     """
-    return both_ways(_lines(grid, axes))
+    return both_ways(lines(grid, axes))
 
 
 @register_scan(spatial_dims=(2, 3), permutation=True, rows=lambda grid: 2 * len(grid))
@@ -62,7 +67,7 @@ def cross(grid: Grid) -> np.ndarray:
     [[0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0], [3, 1, 2, 0]]
     """
     letters = AXES[len(grid)]
-    return both_ways(*(_lines(grid, letters[i:] + letters[:i]) for i in range(len(grid))))
+    return both_ways(*(lines(grid, letters[i:] + letters[:i]) for i in range(len(grid))))
 
 
 @register_scan(spatial_dims=2, permutation=True, rows=4)

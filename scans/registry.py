@@ -105,7 +105,7 @@ def register_scan(
 def list_scans(spatial_dims: int | None = None) -> list[str]:
     """Names of the registered orders, all or those that read grids of ``spatial_dims`` dimensions.
 
-    >>> "hilbert" in list_scans(3), "snake" in list_scans(3)
+    >>> "hilbert" in list_scans(3), "spiral" in list_scans(3)
     (True, False)
     """
     return sorted(name for name, scan in _SCANS.items() if spatial_dims is None or spatial_dims in scan.spatial_dims)
@@ -129,6 +129,21 @@ def scan_shape(name: str, grid: Sequence[int], *, middle_token: bool = False, **
     scan = find_scan(name)
     k, t = scan.shape(check_grid(scan, grid), check_options(scan, options))
     return k, t + int(middle_token)  # int: a symbolic t and a bool do not add up in torch 2.11
+
+
+def scan_rows(name: str, spatial_dims: int, **options: Option) -> int | None:
+    """K of an order where it is the same on every grid; None where it follows the grid, as the number of slices does.
+
+    A model has parameters for each of the K rows; rows that follow the grid share one set.
+
+    >>> scan_rows("cross", 2), scan_rows("cross", 3), scan_rows("slices", 2)
+    (4, 6, None)
+    """
+    scan = find_scan(name)
+    chosen = check_options(scan, options)
+    grids = [check_grid(scan, sizes[:spatial_dims]) for sizes in ((8, 8, 8), (16, 24, 40))]
+    counts = {scan.shape(grid, chosen)[0] for grid in grids}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def scan_array(name: str, grid: Sequence[int], **options: Option) -> np.ndarray:

@@ -40,3 +40,25 @@ def atrous(grid: Grid, step: int = 2) -> np.ndarray:
     parts = [cells[i::step, j::step] for j in range(step) for i in range(step)]
     # As published: rows of odd offset by columns, though none of the four is reversed.
     return np.stack([(part.T if k % step % 2 else part).ravel() for k, part in enumerate(parts)])
+
+
+def _whole(grid: Grid, rate: int) -> int:
+    """Cells rounded up to a multiple of ``rate``."""
+    if rate < 1:
+        raise ValueError(f"scan 'reorder': rate must be at least 1, got {rate}")
+    return (math.prod(grid) + rate - 1) // rate * rate
+
+
+@register_scan(spatial_dims=(1, 2, 3), permutation=False, visits_once=True, rows=2, steps=_whole)
+def reorder(grid: Grid, rate: int = 10) -> np.ndarray:
+    """All cells as they lie, and every ``rate``-th of them for each offset: (2, T), T = L up to a multiple of ``rate``.
+
+    The two branches of SR-Mamba in MambaMIL (arXiv:2403.06800, section 2.3), for bags of patches and for grids. The
+    padding is scanned with the cells.
+
+    >>> reorder((5,), rate=2).tolist()                  # 5 is padding
+    [[0, 1, 2, 3, 4, 5], [0, 2, 4, 1, 3, 5]]
+    """
+    cells = np.full(_whole(grid, rate), math.prod(grid))
+    cells[: math.prod(grid)] = np.arange(math.prod(grid))
+    return np.stack([cells, cells.reshape(-1, rate).T.ravel()])

@@ -8,13 +8,13 @@ from vssm.scans.raster import cells_of
 from vssm.scans.registry import Grid, register_scan
 
 
-@register_scan(spatial_dims=3, permutation=True, rows=3)
+@register_scan(spatial_dims=(2, 3), permutation=True, rows=3)
 def interslice(grid: Grid, slices: int | None = None) -> np.ndarray:
     """Raster, raster backwards, and slice by slice at one position before the next position: (3, L).
 
-    SegMamba's tri-orientated scan (arXiv:2401.13560, section 2.2). A slice is one plane of the first axis; with
-    ``slices`` it is one of that many equal pieces of the raster sequence, whatever the depth. The published code has
-    it so, with 64, 32, 16, 8 pieces for its four stages: the true depths of a 128³ input only.
+    SegMamba's tri-orientated scan (arXiv:2401.13560, section 2.2). A slice is one plane of the first axis, in 2D one
+    row; with ``slices`` it is one of that many equal pieces of the raster sequence, whatever the depth. The published
+    code has it so, with 64, 32, 16, 8 pieces for its four stages: the true depths of a 128³ input only.
 
     >>> interslice((2, 1, 3))[2].tolist()
     [0, 3, 1, 4, 2, 5]

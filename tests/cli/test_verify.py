@@ -131,6 +131,20 @@ def test_scan_tables(write, capsys):
     assert capsys.readouterr().out.endswith("0 passed, 2 failed\n")
 
 
+def test_scan_tables_in_groups_and_sets_of_sequences(write, capsys):
+    """A group's name comes first; a slice that is cut differently is no pass."""
+    tables = {"1x2": {"sweep": {"dir0": [0, 1], "dir9": [0, 1]}}}
+    grouped = {"kind": "scan_tables", "source": {"repo": "lewandofskee/MambaAD"}, "tables": tables}
+    assert main([write(grouped)]) == 0
+    out = capsys.readouterr().out
+    assert "1x2 sweep_dir0" in out
+    assert out.endswith("1 passed, 0 failed, 1 skipped\n")
+    slices = {"kind": "scan_sequences", "name": "xy_slice", "tables": {"2x2": {"intra_rows": [[0, 1], [2, 3]]}}}
+    assert main([write(slices)]) == 0
+    slices["tables"]["2x2"]["intra_rows"] = [[0, 1, 2, 3]]
+    assert main([write(slices)]) == 1
+
+
 def operator(spoil=0.0):
     """y = x * w summed over a window of one: a convolution whose results are plain."""
     spec = {"x": {"shape": [1, 2, 3], "transform": "x"}, "weight": {"shape": [2, 2], "transform": "0.5*x"}}

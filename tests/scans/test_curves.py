@@ -1,4 +1,4 @@
-"""The Hilbert curve against its recursion, one box at a time, and its neighbours."""
+"""The Hilbert curves against their recursions, and their neighbours."""
 
 from __future__ import annotations
 
@@ -97,11 +97,48 @@ def test_odd_boxes_have_the_known_diagonal_steps(grid, expected):
     assert jumps(grid) == expected
 
 
-def test_a_transposed_curve_is_the_curve_of_the_transposed_grid():
+def test_axes_draw_the_curve_of_the_permuted_grid():
     cells = np.arange(4 * 6).reshape(4, 6).T.ravel()
-    assert (scan_array("hilbert", (4, 6), transpose=True)[0] == cells[scan_array("hilbert", (6, 4))[0]]).all()
+    assert (scan_array("hilbert", (4, 6), axes="wh")[0] == cells[scan_array("hilbert", (6, 4))[0]]).all()
     assert scan_array("hilbert", (2, 2, 2))[0].tolist() == [0, 2, 6, 4, 5, 7, 3, 1]
-    assert scan_array("hilbert", (2, 2, 2), transpose=True)[0].tolist() == [0, 2, 3, 1, 5, 7, 6, 4]
+    assert scan_array("hilbert", (2, 2, 2), axes="whd")[0].tolist() == [0, 2, 3, 1, 5, 7, 6, 4]
+    for name in ("hilbert", "hilbert_pow2", "morton"):
+        cells = np.arange(60).reshape(3, 4, 5).transpose(1, 2, 0).ravel()
+        assert (scan_array(name, (3, 4, 5), axes="hwd")[0] == cells[scan_array(name, (4, 5, 3))[0]]).all(), name
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (8, 8), (64, 64), (2, 2, 2), (4, 4, 4), (16, 16, 16)], ids=str)
+def test_a_power_of_two_is_walked_from_neighbour_to_neighbour(grid):
+    cells = np.unravel_index(scan_array("hilbert_pow2", grid)[0], grid)
+    assert (np.abs(np.diff(cells)).sum(axis=0) == 1).all()
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (1, 6), (3, 4, 6), (7, 1, 2)], ids=str)
+def test_cells_that_a_cube_has_and_the_grid_lacks_are_left_out(grid):
+    side = 1 << (max(grid) - 1).bit_length()
+    cube = np.array(np.unravel_index(scan_array("hilbert_pow2", (side,) * len(grid))[0], (side,) * len(grid)))
+    inside = (np.array(grid) > cube.T).all(axis=1)
+    assert scan_array("hilbert_pow2", grid)[0].tolist() == np.ravel_multi_index(cube[:, inside], grid).tolist()
+
+
+def halves(side: int) -> list[tuple[int, int]]:
+    """(row, column) along MambaAD's curve of a square, from its recursion."""
+    if side == 1:
+        return [(0, 0)]
+    s, h = side // 2, halves(side // 2)
+    return [
+        *((c, r) for r, c in h), *((s + r, c) for r, c in h), *((s + r, s + c) for r, c in h),
+        *((s - 1 - c, 2 * s - 1 - r) for r, c in h),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8, 16, 32, 64])
+def test_on_squares_both_curves_are_the_published_one(side):
+    """MambaAD's decoder works on sides of 8 to 64; its first coordinate is the column."""
+    expected = [r * side + c for r, c in halves(side)]
+    assert scan_array("hybrid", (side, side))[0].tolist() == expected
+    assert scan_array("hilbert", (side, side))[0].tolist() == expected
+    assert scan_array("hilbert_pow2", (side, side), axes="wh")[0].tolist() == expected
 
 
 def test_a_table_of_64_cubed_takes_less_than_a_second():

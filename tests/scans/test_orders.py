@@ -11,13 +11,21 @@ import pytest
 from vssm.scans import list_scans, scan_array, scan_shape, snake_directions, visits_once
 from vssm.scans.registry import find_scan
 
-GRIDS = [(1, 1), (1, 6), (6, 1), (2, 2), (3, 7), (8, 8), (14, 14), (13, 5),
+GRIDS = [(1,), (7,), (1, 1), (1, 6), (6, 1), (2, 2), (3, 7), (8, 8), (14, 14), (13, 5),
          (1, 1, 1), (1, 1, 5), (2, 3, 5), (4, 4, 4), (3, 3, 3), (5, 4, 6), (7, 2, 1)]  # fmt: skip
 OPTIONS = {
     "raster": [{"axes": "wh"}, {"axes": "whd"}, {"axes": "hdw"}],
     "bidirectional": [{"axes": "wh"}, {"axes": "dwh"}],
-    "hilbert": [{"transpose": True}],
-    "morton": [{"transpose": True}],
+    "hilbert": [{"axes": "wh"}, {"axes": "hdw"}],
+    "hilbert_pow2": [{"axes": "wh"}, {"axes": "hdw"}],
+    "morton": [{"axes": "wh"}, {"axes": "hdw"}],
+    "snake": [{"axes": "wh"}, {"axes": "whd"}],
+    "diagonal": [{"walk": "up"}, {"walk": "down", "mirror": True}, {"mirror": True}],
+    "spiral": [{"clockwise": False}],
+    "slices": [{"axes": "wh"}, {"axes": "hwd"}],
+    "hybrid": [{"path": path, "directions": k} for path in ("sweep", "scan", "zorder", "zigzag") for k in (2, 4, 8)],
+    "routes": [{"heads": "cxs"}, {"heads": "z"}],
+    "reorder": [{"rate": 1}, {"rate": 3}],
     "window": [{"window": 1}, {"window": 2}, {"window": 3, "column": True}],
     "local": [{"directions": "v_flip w3"}, {"directions": "h"}, {"directions": "h v w7 w2_flip"}],
     "atrous": [{"step": 1}, {"step": 3}],
@@ -60,10 +68,118 @@ def test_every_option_of_an_order_is_tested(name):
 
 def test_the_orders_are_these():
     """A removal, or a name taken twice, is a decision."""
-    both = ["bidirectional", "cross", "hilbert", "morton", "raster", "window"]
-    assert list_scans(2) == sorted([*both, "atrous", "bidi", "local", "rot90", "snake", "unidi"])
-    assert list_scans(3) == sorted([*both, "interslice"])
-    assert list_scans() == sorted({*list_scans(2), *list_scans(3)})
+    both = ["bidirectional", "cross", "hilbert", "hilbert_pow2", "interslice", "morton", "raster", "reorder", "slices",
+            "snake", "window"]  # fmt: skip
+    flat = ["atrous", "bidi", "diagonal", "hybrid", "local", "rot90", "routes", "spiral", "unidi"]
+    assert list_scans(1) == ["reorder"]
+    assert list_scans(2) == sorted([*both, *flat])
+    assert list_scans(3) == both
+    assert list_scans() == list_scans(2)
+
+
+def steps(path: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """How far each step of a path goes, in cells along the axes."""
+    return np.abs(np.diff(np.unravel_index(path, grid))).sum(axis=0)
+
+
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if len(grid) > 1], ids=str)
+@pytest.mark.parametrize("name", ["snake", "spiral"])
+def test_snakes_and_spirals_step_from_neighbour_to_neighbour(name, grid):
+    if len(grid) in find_scan(name).spatial_dims:
+        assert all((steps(row, grid) == 1).all() for row in scan_array(name, grid))
+
+
+HALVES = ("bidirectional", "cross", "hilbert", "hilbert_pow2", "morton", "diagonal", "spiral", "hybrid", "window")
+
+
+@pytest.mark.parametrize("name", [*HALVES, "snake", "routes"])
+@pytest.mark.parametrize("grid", [(3, 7), (4, 4)], ids=str)
+def test_every_path_is_read_backwards_too(name, grid):
+    """The second half of the rows reverses the first; snakes and routes alternate."""
+    table = scan_array(name, grid)
+    forwards, backwards = np.split(table, 2) if name in HALVES else (table[::2], table[1::2])
+    assert (forwards[:, ::-1] == backwards).all()
+
+
+def test_diagonals():
+    assert scan_array("diagonal", (3, 2)).tolist() == [[0, 1, 2, 4, 3, 5], [5, 3, 4, 2, 1, 0]]
+    assert scan_array("diagonal", (3, 2), walk="up")[0].tolist() == [0, 2, 1, 4, 3, 5]
+    assert scan_array("diagonal", (3, 2), walk="down")[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert scan_array("diagonal", (3, 2), mirror=True)[0].tolist() == [1, 0, 3, 5, 2, 4]
+    with pytest.raises(ValueError, match="walk must be one of zigzag, up, down, got 'left'"):
+        scan_array("diagonal", (2, 2), walk="left")
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (6, 2), (1, 4)], ids=str)
+def test_diagonals_are_read_one_after_the_other(grid):
+    for walk, sign in (("up", {-1}), ("down", {1}), ("zigzag", {-1, 1})):
+        row, column = np.divmod(scan_array("diagonal", grid, walk=walk)[0], grid[1])
+        number = row + column
+        assert (np.diff(number) >= 0).all()
+        inside = np.diff(number) == 0
+        assert set(np.diff(row)[inside].tolist()) <= sign
+
+
+def test_spirals():
+    assert scan_array("spiral", (3, 3)).tolist()[0] == [0, 1, 2, 5, 8, 7, 6, 3, 4]
+    assert scan_array("spiral", (3, 2), clockwise=False).tolist() == [[0, 2, 4, 5, 3, 1], [1, 3, 5, 4, 2, 0]]
+
+
+def test_slices():
+    assert scan_array("slices", (2, 2, 2)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert scan_array("slices", (2, 2, 2), axes="wdh").tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert scan_shape("slices", (5, 7)) == (5, 7)
+    assert scan_shape("slices", (5, 7), axes="wh") == (7, 5)
+
+
+def test_snakes_in_volumes():
+    """Every second line and every second plane backwards, by counting as an odometer that turns round."""
+    depth, height, width = grid = (3, 2, 4)
+    path = [
+        (d * height + h) * width + w
+        for d in range(depth)
+        for h in (range(height) if d % 2 == 0 else range(height)[::-1])
+        for w in (range(width) if (d * height + (h if d % 2 == 0 else height - 1 - h)) % 2 == 0 else range(width)[::-1])
+    ]
+    assert scan_array("snake", grid, axes="dhw").tolist() == [path, path[::-1]]
+    assert scan_array("snake", grid)[:2].tolist() == [path, path[::-1]]
+
+
+def test_hybrid_directions():
+    """The path on the map, its transpose, the map turned, and that transposed; then all backwards."""
+    eight = scan_array("hybrid", (2, 3), path="sweep").tolist()
+    assert eight[:4] == [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [2, 5, 1, 4, 0, 3], [2, 1, 0, 5, 4, 3]]
+    assert scan_array("hybrid", (2, 3), path="sweep", directions=4).tolist() == [eight[i] for i in (0, 1, 4, 5)]
+    assert scan_array("hybrid", (2, 3), path="sweep", directions=2).tolist() == [eight[0], eight[4]]
+    with pytest.raises(ValueError, match="directions must be 2, 4 or 8, got 3"):
+        scan_array("hybrid", (2, 2), directions=3)
+    with pytest.raises(ValueError, match="path must be one of sweep, scan, zorder, zigzag, hilbert, got 'peano'"):
+        scan_array("hybrid", (2, 2), path="peano")
+
+
+@pytest.mark.parametrize("path", ["sweep", "scan", "zorder", "zigzag", "hilbert"])
+def test_some_of_the_eight_directions_are_the_same(path):
+    distinct = 6 if path in ("scan", "hilbert") else 8
+    assert distinct == len({tuple(row) for row in scan_array("hybrid", (8, 8), path=path).tolist()})
+
+
+def test_routes():
+    """MHS-VM's own examples, on a grid of 3 x 4."""
+    c, x, s, z = scan_array("routes", (3, 4)).reshape(4, 4, 12).tolist()
+    assert c[::2] == [[0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11], [0, 4, 8, 9, 5, 1, 2, 6, 10, 11, 7, 3]]
+    assert x[::2] == [[0, 1, 4, 8, 5, 2, 3, 6, 9, 10, 7, 11], [3, 2, 7, 11, 6, 1, 0, 5, 10, 9, 4, 8]]
+    assert s[::2] == [[0, 1, 2, 3, 7, 11, 10, 9, 8, 4, 5, 6], [8, 9, 10, 11, 7, 3, 2, 1, 0, 4, 5, 6]]
+    assert z[::2] == [list(range(12)), [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]]
+    assert scan_array("routes", (1, 1), heads="s").tolist() == [[0]] * 4
+    with pytest.raises(ValueError, match="heads must be letters of cxsz, got 'cy'"):
+        scan_shape("routes", (2, 2), heads="cy")
+
+
+def test_reorder():
+    assert scan_array("reorder", (2, 3), rate=4).tolist() == [[0, 1, 2, 3, 4, 5, 6, 6], [0, 4, 1, 5, 2, 6, 3, 6]]
+    assert scan_shape("reorder", (11,)) == (2, 20)
+    with pytest.raises(ValueError, match="rate must be at least 1, got 0"):
+        scan_shape("reorder", (4,), rate=0)
 
 
 def test_rasters():
@@ -102,9 +218,7 @@ def test_snake():
 
 
 @pytest.mark.parametrize("grid", [grid for grid in GRIDS if len(grid) == 2], ids=str)
-def test_every_step_of_a_snake_goes_to_a_neighbour(grid):
-    row, column = np.divmod(scan_array("snake", grid), grid[1])
-    assert (np.abs(np.diff(row)) + np.abs(np.diff(column)) == 1).all()
+def test_every_step_of_a_snake_has_a_direction(grid):
     assert ((snake_directions(grid) > 0).sum(axis=1) == math.prod(grid) - 1).all()
 
 
@@ -145,8 +259,8 @@ def test_interslice_reads_true_slices_by_default(grid):
 
 def test_morton():
     assert scan_array("morton", (2, 3)).tolist() == [[0, 1, 3, 4, 2, 5], [5, 2, 4, 3, 1, 0]]
-    assert scan_array("morton", (2, 3), transpose=True)[0].tolist() == [0, 3, 1, 4, 2, 5]
-    assert scan_array("morton", (2, 2, 2), transpose=True)[0].tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert scan_array("morton", (2, 3), axes="wh")[0].tolist() == [0, 3, 1, 4, 2, 5]
+    assert scan_array("morton", (2, 2, 2), axes="whd")[0].tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
     key = [
         int(f"{d >> 1}{h >> 1}{w >> 1}{d & 1}{h & 1}{w & 1}", 2) for d, h, w in itertools.product(range(4), repeat=3)
     ]

@@ -41,7 +41,7 @@ def test_rows_and_steps_may_depend_on_grid_and_options():
 def test_tables_are_cached_and_read_only():
     table = scan_array("hilbert", (5, 9))
     assert table.dtype == np.int32
-    assert scan_array("hilbert", (np.int64(5), 9), transpose=False) is table
+    assert scan_array("hilbert", (np.int64(5), 9), axes=None) is table
     with pytest.raises(ValueError, match="read-only"):
         table[0, 0] = 1
 
@@ -132,12 +132,12 @@ def _named(name, function):
         (("window", (4, 4)), {"window": 0}, "'window': window must be at least 1, got 0"),
         (("atrous", (4, 4)), {"step": -1}, "'atrous': step must be at least 1, got -1"),
         (
-            ("hilbert", (4, 4)),
-            {"transpose": 1},
-            "'hilbert': transpose must be of the type of its default, False, got 1",
+            ("spiral", (4, 4)),
+            {"clockwise": 1},
+            "'spiral': clockwise must be of the type of its default, True, got 1",
         ),
         (("raster", (4, 4)), {"axes": ["h", "w"]}, "'raster': axes must be of the type of its default, None"),
-        (("snake", (2, 4, 4)), {}, r"'snake': reads 2D grids, got \(2, 4, 4\); list_scans\(3\) names others"),
+        (("spiral", (2, 4, 4)), {}, r"'spiral': reads 2D grids, got \(2, 4, 4\); list_scans\(3\) names others"),
         (("cross", (4,)), {}, r"'cross': reads 2D or 3D grids, got \(4,\)"),
         (("cross", (4, 0)), {}, r"'cross': grid sizes must be whole numbers from 1, got \(4, 0\)"),
         (("cross", (4, 2.5)), {}, "'cross': grid sizes must be whole numbers from 1"),

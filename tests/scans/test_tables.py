@@ -15,7 +15,7 @@ from vssm.scans import scan_array, scan_shape, scan_table, tables, to_grid, to_s
 
 pytestmark = pytest.mark.usefixtures("no_tables")
 
-REQUESTS = [("cross", {}), ("hilbert", {"transpose": True}), ("window", {"window": 3, "column": True}), ("atrous", {})]
+REQUESTS = [("cross", {}), ("hilbert", {"axes": "wh"}), ("window", {"window": 3, "column": True}), ("atrous", {})]
 
 
 class Reorder(nn.Module):

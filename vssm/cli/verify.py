@@ -114,6 +114,8 @@ def _checker(content: dict[str, Any]) -> Any:
         return _scan_lines
     if "op" in content and "cases" in content:
         return _operator_lines
+    if "source" in content and "loss_cases" in content:
+        return _loss_lines
     if {"variant", "source", "state_dict", "cases"} <= content.keys():
         return _model_lines if content["state_dict"] else _summary_lines
     return None
@@ -171,6 +173,21 @@ def _model_lines(content: dict[str, Any], where: Where) -> Iterator[Line]:
                 yield Line(f"case {number} {name}", golden.mismatch(_array(outputs[name]), summary), bound)
 
 
+def _loss_lines(content: dict[str, Any], where: Where) -> Iterator[Line]:
+    """A family's loss on formula maps: its value, and what was assigned to what."""
+    source = content["source"]
+    family = next((f for f in rows.families() if source["repo"] == f.REPOSITORY), None)
+    if family is None or not hasattr(family, "published_loss"):
+        yield Line("", skipped=f"no loss of {source['repo']} here")
+        return
+    for number, case in enumerate(content["loss_cases"]):
+        maps = [where.tensor(array) for array in golden.inputs(case["inputs"], case["input_case"]).values()]
+        found = family.published_loss(source["kwargs"], maps, case["strides"], case["targets"])
+        for name, expected in case["expected"].items():
+            error = golden.relative_error(_array(found[name]), expected)
+            yield Line(f"loss case {number} {name}", error, OPERATOR_BOUND[where.dtype])
+
+
 def _bound(content: dict[str, Any], dtype: torch.dtype) -> float:
     asks = re.search(r"tolerance[^.]*?\b1e-3\b", content.get("notes", ""), re.IGNORECASE)
     return LOOSE_BOUND if asks and dtype == torch.float32 else MODEL_BOUND[dtype]
@@ -181,15 +198,24 @@ def _scan_lines(content: dict[str, Any], where: Where) -> Iterator[Line]:
     file = content.get("name") or content["source"]["repo"]
     for what, ours in (("tables", scans.published_row), ("directions", scans.published_directions)):
         for size, orders in content.get(what, {}).items():
-            for name, expected in orders.items():
+            for name, expected in _flat(orders):
                 label = f"{size} {name}{' directions' * (what == 'directions')}"
                 try:
-                    row = ours(file, name, tuple(int(n) for n in re.findall(r"\d+", size)))
+                    found = ours(file, name, tuple(int(n) for n in re.findall(r"\d+", size)))
                 except scans.NotCovered as reason:
                     yield Line(label, skipped=str(reason))
                     continue
-                same = len(row) == len(expected)
-                yield Line(label, float((row != np.asarray(expected)).sum()) if same else np.inf)
+                wanted = np.asarray(expected)
+                yield Line(label, float((found != wanted).sum()) if found.shape == wanted.shape else np.inf)
+
+
+def _flat(orders: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and tables; where orders stand in groups, the group's name comes first."""
+    for name, table in orders.items():
+        if isinstance(table, dict):
+            yield from ((f"{name}_{inner}", below) for inner, below in _flat(table))
+        else:
+            yield name, table
 
 
 def _operator_lines(content: dict[str, Any], where: Where) -> Iterator[Line]:
