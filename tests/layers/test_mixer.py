@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,13 @@ from tolerance import TOLERANCE, error
 from torch import nn
 from torch.nn.functional import silu
 
+from vssm.cli import _golden as golden
+from vssm.kernels import causal_conv1d
+from vssm.layers.heads import join_heads, route_attention, split_heads
 from vssm.layers.layout import over_map
 from vssm.layers.mixer import ScanMixer, with_ends
 from vssm.layers.norm import OUT_NORMS
-from vssm.scans import list_scans, scan_shape, scan_table, to_grid, to_sequences
+from vssm.scans import list_scans, scan_rows, scan_table, to_grid, to_sequences
 
 GRIDS = {2: (3, 5), 3: (2, 3, 4)}
 
@@ -31,7 +36,7 @@ def test_every_order_trains_every_parameter(dims, scan, conv):
     y = mixer(x, grid)
     y.square().sum().backward()
     assert y.shape == x.shape
-    assert len(mixer.ssm.A_log) == scan_shape(scan, (8,) * dims)[0]
+    assert len(mixer.ssm.A_log) == (scan_rows(scan, dims) or 1)
     assert [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
@@ -56,6 +61,70 @@ def test_convolves_along_the_sequence_not_the_grid(scan):
     if scan != "window":                        # padding: B, C and dt of a padded step are 0, not those of a zero input
         assert error(mixer(x, grid), expected) < TOLERANCE[torch.float64]
     assert mixer(x, grid).isfinite().all()
+
+
+@pytest.mark.parametrize("conv", ["grid", "sequence", None])
+def test_slices_are_sequences_of_their_own(conv):
+    """Rows of the map read as a batch of sequences by one set of parameters, whatever the number of rows."""
+    mixer = ScanMixer(8, scan="slices", conv=conv, d_state=2).double()
+    alone = ScanMixer(8, scan="raster", conv=conv, d_state=2).double()
+    alone.load_state_dict(mixer.state_dict())
+    x = tokens((3, 5), dtype=torch.double)
+    y = mixer(x, (3, 5))
+    if conv == "grid":                                              # the convolution sees the whole map
+        changed = x.clone()
+        changed[:, :5] += 1
+        assert error(mixer(changed, (3, 5))[:, 10:], y[:, 10:]) < TOLERANCE[torch.float64]
+    else:
+        expected = alone(x.unflatten(1, (3, 5)).flatten(0, 1), (1, 5)).unflatten(0, (2, 3)).flatten(1, 2)
+        assert error(y, expected) < TOLERANCE[torch.float64]
+    assert mixer(tokens((7, 2), dtype=torch.double), (7, 2)).shape == (2, 14, 8)
+
+
+@pytest.mark.parametrize("conv", ["grid", "sequence"])
+@pytest.mark.parametrize("merge", ["sum", "mean", "attention"])
+def test_each_head_is_a_mixer_of_its_own_rows_and_channels(conv, merge):
+    """Four heads of MHS-VM's routes are four scans of a quarter of the channels, side by side."""
+    mixer = ScanMixer(8, scan="routes", heads=4, merge=merge, conv=conv, d_state=2, threshold=0.8).double()
+    x = tokens((3, 5), dtype=torch.double)
+    u, z = mixer.in_proj(x).chunk(2, -1)
+    table, parts = scan_table("routes", (3, 5)), []
+    if conv == "grid":
+        u = mixer.act(over_map(mixer.conv, u, (3, 5)))
+    for head in range(4):
+        rows, own = slice(4 * head, 4 * head + 4), u[..., 4 * head : 4 * head + 4]
+        own = own[:, None].expand(-1, 4, -1, -1)
+        if conv == "sequence":
+            weight, bias = mixer.sequence_conv.weight[rows], mixer.sequence_conv.bias[rows]
+            own = causal_conv1d(own, weight, bias, activation="silu", table=table[rows])[0]
+        y = mixer.ssm(own, table[rows], rows=rows, merge=None)      # (b, 4, l, 4)
+        parts.append(
+            {"sum": lambda y: y.sum(1), "mean": lambda y: y.mean(1),
+             "attention": lambda y: y.sum(1) * (y.std(1) / ((y - y.amin(1)[:, None]).mean(1) + 1e-5) - 0.8).relu()}
+            [merge](y)
+        )  # fmt: skip
+    expected = mixer.out_proj(torch.cat(parts, -1) * silu(z))
+    assert error(mixer(x, (3, 5)), expected) < TOLERANCE[torch.float64]
+
+
+def test_a_head_may_have_one_row():
+    """Then each group of channels reads one direction of the order, and nothing is copied."""
+    mixer = ScanMixer(8, scan="cross", heads=4, d_state=2)
+    x = tokens((3, 5))
+    mixer(x, (3, 5)).sum().backward()
+    assert mixer.ssm.A_log.shape == (4, 4, 2)
+    assert mixer.ssm.A_log.grad.abs().amin() > 0
+    u = torch.randn(2, 15, 16)
+    assert split_heads(u, 4, 4).data_ptr() == u.data_ptr()
+    assert torch.equal(join_heads(split_heads(u, 4, 8), 4, "mean"), u)
+
+
+def test_route_attention():
+    """By hand: routes 1 and 3 sum to 4, their deviation is sqrt(2), the mean over the smallest is 1."""
+    y = torch.tensor([1.0, 3.0]).double().view(1, 1, 2, 1, 1)
+    assert route_attention(y, 0.4).item() == pytest.approx(4 * (2**0.5 / (1 + 1e-5) - 0.4))
+    assert route_attention(y, 2.0).item() == 0
+    assert route_attention(5 * y, 0.4).item() == pytest.approx(5 * route_attention(y, 0.4).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("out_norm", [None, *OUT_NORMS])
@@ -116,6 +185,9 @@ def test_scan_options_reach_the_order():
     ("options", "message"),
     [
         ({"scan": "spirall"}, "no order named 'spirall'"),
+        ({"scan": "cross", "heads": 3}, "heads must divide the rows of the order and the channels of the scan"),
+        ({"scan": "cross", "heads": 2, "shared": True}, "heads read channels of their own, so they share no SSM"),
+        ({"scan": "cross", "heads": 4, "merge": "attention"}, "route attention compares the rows of a head"),
         ({"scan": "cross", "gate": "tanh"}, "ScanMixer: gate must be one of 'none', 'act', 'raw', got 'tanh'"),
         ({"scan": "cross", "conv": "line"}, "ScanMixer: conv must be one of"),
         ({"scan": "cross", "out_norm": "batch"}, "ScanMixer: out_norm must be one of"),
@@ -129,3 +201,30 @@ def test_scan_options_reach_the_order():
 def test_refuses_parts_that_are_not_there(options, message):
     with pytest.raises(ValueError, match=message):
         ScanMixer(8, **options)
+
+
+SS2D = sorted((Path(__file__).parent.parent / "golden" / "mambaad").glob("ss2d_*.json"))
+
+
+@pytest.mark.parametrize("path", SS2D, ids=lambda path: path.stem)
+def test_with_a_hybrid_scan_it_is_the_mixer_of_mambaad(path):
+    """Recorded outputs of the published module, for each of its paths and numbers of directions."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kwargs = content["source"]["kwargs"]
+    dim, k = kwargs["d_model"], kwargs["num_direction"]
+    options = {"path": kwargs["scan_type"], "directions": k}
+    mixer = ScanMixer(dim, scan="hybrid", scan_options=options, d_state=kwargs["d_state"], out_norm="layer").double()
+    published = {
+        key: torch.from_numpy(golden.weight(key, shape))
+        for key, (shape, _) in content["state_dict"].items()
+        if key not in content["kept"]
+    }
+    ours = {"x_proj_weight": "ssm.x_proj", "dt_projs_weight": "ssm.dt_weight", "dt_projs_bias": "ssm.dt_bias",
+            "A_logs": "ssm.A_log", "Ds": "ssm.D"}  # fmt: skip
+    shapes = mixer.state_dict()
+    state = {ours.get(key, key.replace("conv2d", "conv")): value for key, value in published.items()}
+    mixer.load_state_dict({key: value.view(shapes[key].shape) for key, value in state.items()})
+    for number, case in enumerate(content["cases"]):
+        x = torch.from_numpy(golden.inputs(case["inputs"], number)["x"])
+        y = mixer(x.flatten(1, 2), x.shape[1:3]).view(x.shape)
+        assert golden.mismatch(y.detach().numpy(), case["outputs"]["y"]) < 1e-6

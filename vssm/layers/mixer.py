@@ -11,10 +11,11 @@ from timm.layers import get_act_layer, register_notrace_function
 from torch import Tensor, nn
 
 from vssm.layers.conv import SequenceConv, depthwise
+from vssm.layers.heads import MERGES, join_heads, split_heads
 from vssm.layers.layout import over_map
 from vssm.layers.norm import OUT_NORMS
 from vssm.layers.ssm import SelectiveSSM
-from vssm.scans import scan_shape, scan_table, visits_once
+from vssm.scans import scan_rows, scan_table, visits_once
 
 GATES = ("none", "act", "raw")
 EXTRA_CELLS = {None: (0, 0), "first": (1, 0), "ends": (1, 1)}  # class tokens before and after the cells of the grid
@@ -25,18 +26,21 @@ class ScanMixer(nn.Module):
 
     Args:
         dim: Channels C of the tokens.
-        scan: A registered order; its K rows are the directions, each with its own SSM.
+        scan: A registered order; its K rows are the directions, each with its own SSM. Where the number of rows follows
+            the grid (``"slices"``), all share one.
         scan_options: Options of the order, ``{"window": 7}``.
         spatial_dims: 2 or 3.
         expand: Channels of the scan over C.
         d_state: States of each channel.
-        dt_rank: Rank of the step-size projection, C / 16 rounded up if None.
+        dt_rank: Rank of the step-size projection, C / 16 rounded up if None, of a head's share of C if there are heads.
         conv: ``"grid"``: depthwise over the grid, one for all directions; ``"sequence"``: causal along each direction,
             with its own taps; None: no convolution, only the activation.
         conv_size, conv_bias: Taps (each way on a grid) and bias of the convolution.
         act: Activation after the convolution, and of the gate, by timm's name. ``conv="sequence"`` has SiLU.
         gate: ``"act"``: times the activation of a second projection; ``"raw"``: times that projection; or ``"none"``.
-        merge: ``"sum"`` or ``"mean"`` of the directions.
+        heads: Groups of channels, each of which reads its own K / heads rows of the order.
+        merge: ``"sum"`` or ``"mean"`` of the directions, or of each head's; ``"attention"``: MHS-VM's route attention.
+        threshold: Of the route attention, see ``vssm.layers.heads.route_attention``.
         out_norm: Between scan and gate, None or one of ``OUT_NORMS``.
         out_act: Activation after ``out_norm``, by timm's name.
         class_token: Where class tokens lie among the cells: None, ``"first"``, ``"middle"``, ``"ends"``.
@@ -61,7 +65,9 @@ class ScanMixer(nn.Module):
         conv_bias: bool = True,
         act: str = "silu",
         gate: str = "act",
+        heads: int = 1,
         merge: str = "sum",
+        threshold: float = 0.5,
         out_norm: str | None = None,
         out_act: str | None = None,
         class_token: str | None = None,
@@ -71,7 +77,7 @@ class ScanMixer(nn.Module):
         super().__init__()
         _check_part("gate", gate, GATES)
         _check_part("conv", conv, ("grid", "sequence", None))
-        _check_part("merge", merge, ("sum", "mean"))
+        _check_part("merge", merge, MERGES)
         _check_part("out_norm", out_norm, (*OUT_NORMS, None))
         _check_part("class_token", class_token, (*EXTRA_CELLS, "middle"))
         if class_token and (conv == "grid" or out_norm):
@@ -80,12 +86,26 @@ class ScanMixer(nn.Module):
             raise ValueError(f"ScanMixer: conv='sequence' has SiLU built in, got act={act!r}")
         self.scan, self.scan_options = scan, dict(scan_options or {})
         self.class_token, self.revisits = class_token, not visits_once(scan)
-        rows, _ = scan_shape(scan, (8,) * spatial_dims, **self.scan_options)
+        rows = scan_rows(scan, spatial_dims, **self.scan_options) or 1  # one for all if they follow the grid
         width = int(expand * dim)
+        if heads < 1 or rows % heads or width % heads:
+            raise ValueError(
+                f"ScanMixer: heads must divide the rows of the order and the channels of the scan, got heads={heads} "
+                f"for the {rows} rows of {scan!r} and {width} channels"
+            )
+        if shared and heads > 1:
+            raise ValueError("ScanMixer: heads read channels of their own, so they share no SSM; drop shared or heads")
+        if merge == "attention" and rows < 2 * heads:
+            raise ValueError(
+                f"ScanMixer: route attention compares the rows of a head, which needs two; {scan!r} has {rows} "
+                f"for {heads} heads"
+            )
         sequences = conv == "sequence"
-        self.gate, self.scale = gate, 1 / rows if merge == "mean" else 1.0
+        self.heads, self.rows, self.merge, self.threshold = heads, rows, merge, threshold
+        self.shared, self.in_heads = shared, heads > 1 or merge == "attention"
+        self.gate, self.scale = gate, 1 / rows if merge == "mean" and not self.in_heads else 1.0
         # The kernel gates with silu(z) where nothing stands between scan and gate.
-        between = out_norm is not None or out_act is not None
+        between = out_norm is not None or out_act is not None or self.in_heads
         self.fused_gate = self.fuses_gate and gate == "act" and act == "silu" and not between
 
         self.in_proj = nn.Linear(dim, width if gate == "none" else 2 * width, bias=False)
@@ -93,11 +113,12 @@ class ScanMixer(nn.Module):
         if conv == "grid":
             self.conv = depthwise(width, conv_size, spatial_dims, conv_bias)
         elif sequences:
-            self.sequence_conv = SequenceConv(width, 1 if shared else rows, conv_size, conv_bias)
+            self.sequence_conv = SequenceConv(width // heads, 1 if shared else rows, conv_size, conv_bias)
         self.act = get_act_layer(act)()
-        rank = dt_rank or math.ceil(dim / 16)
+        rank = dt_rank or math.ceil(dim // heads / 16)
         self.ssm = SelectiveSSM(
-            width, rows, d_state, rank, per_row=sequences and not shared, shared=shared, init=init
+            width // heads, rows, d_state, rank,
+            per_row=(sequences and not shared) or self.in_heads, shared=shared, init=init,
         )  # fmt: skip
         self.out_norm = OUT_NORMS[out_norm](width, spatial_dims) if out_norm else None
         self.out_act = get_act_layer(out_act)() if out_act else nn.Identity()
@@ -121,11 +142,17 @@ class ScanMixer(nn.Module):
         """Convolve, scan (and gate with silu(z)) and normalise (b, l, d) tokens."""
         table = self.table(grid, x.device)
         if self.sequence_conv is not None:
-            u = self.sequence_conv(x, table[:1] if self.ssm.shared else table, self.revisits)
-            u = u[:, 0] if self.ssm.shared else u
+            x = split_heads(x, self.heads, self.rows) if self.in_heads else x
+            u = self.sequence_conv(x, table[:1] if self.shared else table, self.revisits)
+            u = u[:, 0] if self.shared else u
         else:
             u = self.act(x if self.conv is None else over_map(self.conv, x, grid))
-        y = self.ssm(u, table, z, revisits=self.revisits)
+            u = split_heads(u, self.heads, self.rows) if self.in_heads else u
+        if self.in_heads:
+            y = self.ssm(u, table, merge=None, revisits=self.revisits)
+            y = join_heads(y, self.heads, self.merge, self.threshold)
+        else:
+            y = self.ssm(u, table, z, revisits=self.revisits)
         return self.out_act(y if self.out_norm is None else over_map(self.out_norm, y, grid))
 
     def table(self, grid: Sequence[int], device: torch.device) -> Tensor:

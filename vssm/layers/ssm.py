@@ -24,7 +24,7 @@ class SelectiveSSM(nn.Module):
 
     Args:
         dim: Channels d of the scan.
-        rows: Rows k of the table.
+        rows: Rows k of the table; one set of parameters, ``rows=1``, serves a table of any number of rows.
         d_state: States n of each channel.
         dt_rank: Rank of the projection that makes the step sizes.
         per_row: The input has its own values in each row, (b, k, l, d).
@@ -47,8 +47,9 @@ class SelectiveSSM(nn.Module):
         if per_row and shared:
             raise ValueError("SelectiveSSM: rows with inputs of their own cannot share parameters; choose one")
         sets = 1 if shared else rows
+        shared = sets == 1  # so that one row serves a table of any number of rows
         self.splits = (dt_rank, d_state, d_state)
-        self.per_row, self.shared, self.init = per_row, shared, init
+        self.per_row, self.shared, self.one_decay, self.init = per_row, shared, rows == 1, init
         self.x_proj = nn.Parameter(torch.empty(sets, sum(self.splits), dim))
         self.dt_weight = nn.Parameter(torch.empty(sets, dim, dt_rank))
         self.dt_bias = nn.Parameter(torch.empty(sets, dim))
@@ -77,11 +78,11 @@ class SelectiveSSM(nn.Module):
         ``merge=None`` keeps the rows apart, (b, k, l, d).
         """
         delta, B, C = self.project(u, rows)
-        D, dt_bias = self.D[rows], self.dt_bias[rows]
-        if self.shared:
-            delta, B, C, D, dt_bias = delta[:, 0], B[:, 0], C[:, 0], D[0], dt_bias[0]
+        A, D, dt_bias = self.coefficients(rows)
+        if self.shared and not self.per_row:
+            delta, B, C = delta[:, 0], B[:, 0], C[:, 0]
         y, _ = selective_scan(
-            u, delta, decay(self.A_log[rows]), B, C, D, z, dt_bias,
+            u, delta, A, B, C, D, z, dt_bias,
             delta_softplus=True, table=table, write=write, merge=merge, revisits=revisits,
         )  # fmt: skip
         return y
@@ -95,6 +96,11 @@ class SelectiveSSM(nn.Module):
         low = nn.functional.linear(u, x_proj.flatten(0, 1)).unflatten(-1, (-1, sum(self.splits)))
         dt, B, C = low.transpose(1, 2).split(self.splits, -1)  # each (b, k, l, ·), a view
         return torch.einsum("bklr,kdr->bkld", dt, dt_weight), B, C
+
+    def coefficients(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """A (k, d, n), D (k, d) and the bias of the step sizes (k, d), without k where one set serves all rows."""
+        A, D, dt_bias = decay(self.A_log[rows]), self.D[rows], self.dt_bias[rows]
+        return A[0] if self.one_decay else A, D[0] if self.shared else D, dt_bias[0] if self.shared else dt_bias
 
     def extra_repr(self) -> str:
         rows, dim, d_state = self.A_log.shape
