@@ -88,6 +88,7 @@ class VMamba(Hierarchical):
         downsample: ``"conv3"``, ``"conv2"`` (by kernel size) or ``"merge"`` (patch merging).
         patch_size: Pixels of the image to one cell of the first stage.
         position_size: Image size for which a position table is learned; None for no table. Other sizes then fail.
+        spatial_dims: 2, or 3: a backbone for volumes (B, C, D, H, W), without a classifier.
     """
 
     def __init__(
@@ -119,25 +120,30 @@ class VMamba(Hierarchical):
         downsample: str = "conv3",
         patch_size: int = 4,
         position_size: int | None = None,
+        spatial_dims: int = 2,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
+        if spatial_dims != 2:
+            _check_volumes(spatial_dims, num_classes, global_pool, mixer, norm, position_size)
         dims = widths("VMamba", dim, depths)
         make_norm = _part("norm", norm, NORMS)
         make_mixer = partial(
             _part("mixer", mixer, MIXERS), scan=scan, scan_options=scan_options, expand=expand, d_state=d_state,
             dt_rank=dt_rank, conv="grid" if conv_size else None, conv_size=conv_size, conv_bias=conv_bias, act=act,
-            gate=gate, out_norm=out_norm, out_act=out_act, init=init,
+            gate=gate, out_norm=out_norm, out_act=out_act, init=init, spatial_dims=spatial_dims,
         )  # fmt: skip
         make_mlp = partial(_part("mlp", mlp, MLPS), ratio=mlp_ratio, act=get_act_layer(mlp_act)) if mlp_ratio else None
         make_downsample = _part("downsample", downsample, DOWNSAMPLES)
         stages = make_stages(
             depths, dims, drop_path_rate,
             block=lambda i, j, rate: MixerBlock(dims[i], make_mixer, make_mlp, make_norm, rate),
-            downsample=lambda dim, out: make_downsample(dim, out, make_norm),
+            downsample=lambda dim, out: make_downsample(dim, out, make_norm, spatial_dims=spatial_dims),
         )  # fmt: skip
         side = position_size // patch_size if position_size else None
-        made_stem = _part("stem", stem, STEMS)(in_chans, dims[0], patch_size, make_norm, side)
+        made_stem = _part("stem", stem, STEMS)(
+            in_chans, dims[0], patch_size, make_norm, side, spatial_dims=spatial_dims
+        )
         super().__init__(
             made_stem, stages, dims, make_norm(dims[-1]),
             reduction=patch_size, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate,
@@ -161,6 +167,23 @@ def _part(name: str, value: str, parts: Mapping[str, Any]) -> Any:
     if value not in parts:
         raise ValueError(f"VMamba: {name} must be one of {', '.join(parts)}, got {value!r}")
     return parts[value]
+
+
+def _check_volumes(
+    spatial_dims: int, num_classes: int, global_pool: str, mixer: str, norm: str, position_size: int | None
+) -> None:
+    if spatial_dims != 3:
+        raise ValueError(f"VMamba: spatial_dims must be 2 or 3, got {spatial_dims}")
+    if num_classes or global_pool:
+        raise ValueError(
+            "VMamba: in 3D there is no classifier; pass num_classes=0 and global_pool='', got "
+            f"num_classes={num_classes} and global_pool={global_pool!r}"
+        )
+    if mixer != "scan" or norm != "layer" or position_size:
+        raise ValueError(
+            "VMamba: in 3D mixer must be 'scan', norm 'layer' and position_size None, got "
+            f"{mixer!r}, {norm!r} and {position_size}"
+        )
 
 
 WIDER_NAMES = [  # of other releases of the same weights
