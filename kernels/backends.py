@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 PREFERRED = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch"), "xpu": ("triton", "torch")}  # others: torch
@@ -90,6 +91,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
     if usable != preferred[0]:
         _announce(op, preferred[0], usable, str(reasons[preferred[0]]))
     return usable
+
+
+def traced(x: torch.Tensor) -> bool:
+    """Whether a call must go through the custom op: a compiler, a dispatch mode or the meta device looks on."""
+    return torch.compiler.is_compiling() or x.is_meta or _get_current_dispatch_mode() is not None
 
 
 @cache

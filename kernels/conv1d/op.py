@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vssm.kernels.backends import choose, implementation
+from vssm.kernels.backends import choose, implementation, traced
 from vssm.kernels.checks import match
 from vssm.kernels.conv1d import reference
 from vssm.kernels.conv1d.problem import Problem
@@ -77,7 +77,7 @@ def causal_conv1d(
     check = _check if torch.compiler.is_compiling() else _check_once  # compilers have symbols for sizes, unhashable
     one_row = check(*(None if value is None else Facts(value.shape, value.dtype, value.device) for value in operands))
 
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = weight.to(compute)
@@ -89,7 +89,7 @@ def causal_conv1d(
     problem: list[Any] = [*tensors, activation == "silu", revisits is not False]
     if chosen == "reference":
         y, last_state = reference.causal_conv1d(_checked(Problem(*problem)))
-    elif torch.compiler.is_compiling():
+    elif traced(x):
         y, last_state = torch.ops.vssm.causal_conv1d(*problem, chosen)
     elif torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in tensors):
         y, last_state = _CausalConv1d.apply(*problem, chosen)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vssm.kernels.backends import choose, implementation
+from vssm.kernels.backends import choose, implementation, traced
 from vssm.kernels.checks import match
 from vssm.kernels.operands import check_kinds, dense
 from vssm.kernels.scan2d import reference
@@ -92,7 +92,7 @@ def scan2d(
         raise ValueError(f"{who}: there must be at least one state, got A_top {tuple(A_top.shape)}")
 
     kind = u.dtype
-    if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
+    if not u.is_meta and torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
         kind = torch.get_autocast_dtype(u.device.type)
         values |= {name: values[name].to(kind) for name in maps}
     compute = torch.float64 if kind == torch.float64 else torch.float32
@@ -103,7 +103,7 @@ def scan2d(
     problem: list[Any] = [*operands, delta_softplus, reverse]
     if chosen == "reference":
         y = reference.scan2d(Problem(*problem)) if u.numel() else torch.zeros_like(operands[0])
-    elif torch.compiler.is_compiling():
+    elif traced(u):
         y = torch.ops.vssm.scan2d(*problem, chosen)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         y = _Scan2d.apply(*problem, chosen)

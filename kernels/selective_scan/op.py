@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vssm.kernels.backends import choose, implementation
+from vssm.kernels.backends import choose, implementation, traced
 from vssm.kernels.checks import match
 from vssm.kernels.operands import Facts, check_cells, check_kinds, dense, index_or_steps
 from vssm.kernels.selective_scan import reference
@@ -95,7 +95,7 @@ def selective_scan(
     else:
         k = _check_once(*(None if x is None else Facts(x.shape, x.dtype, x.device) for x in operands), read is table)
 
-    if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
+    if not u.is_meta and torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(u.device.type)
         u, delta, B, C = u.to(dtype), delta.to(dtype), B.to(dtype), C.to(dtype)
         z = z if z is None else z.to(dtype)
@@ -111,7 +111,7 @@ def selective_scan(
     if chosen == "reference":
         return reference.selective_scan(_checked(Problem(*problem)))
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if torch.compiler.is_compiling():
+    if traced(u):
         y, last_state, _, _ = torch.ops.vssm.selective_scan(*problem, save, chosen, k)
         return y, last_state
     if save:
