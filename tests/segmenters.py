@@ -23,6 +23,7 @@ class Segmenter:
     twin: ClassVar[dict[str, Any]] = {"mixer": "conv"}          # arguments that take the Mamba out
     spatial_dims: tuple[int, ...] = (2, 3)
     multiple = 32                                               # of sides
+    exported: ClassVar[dict[str, Any]] = {}                     # arguments that make a shallow one, quick to export
     repeats = False                                             # one channel will do for several
 
     def build(self, **kwargs: Any) -> nn.Module:
@@ -122,7 +123,7 @@ class Segmenter:
             assert error(self.logits(model(x))[1:2], self.logits(model(x[1:2]))) < TOLERANCE[torch.float32]
 
     def test_exports_with_an_open_batch(self):
-        model, x = self.build().eval(), self.images()
+        model, x = self.build(**self.exported).eval(), self.images()
         program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
         larger = self.images(batch=3)
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ ENTRY = "models/vmunet/vmunet.py:VMUNet"
 class TestVMUNet(Segmenter):
     name = "test_vmunet"
     repeats = True
+    exported: ClassVar = {"depths": (1, 1), "decoder_depths": (1, 1)}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
