@@ -5,6 +5,8 @@ Images are (B, C, H, W) or (B, C, D, H, W); logits have the size of the image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
@@ -26,12 +28,18 @@ class Segmenter(nn.Module):
         spatial_dims: 2 or 3.
         in_channels: Channels of the images.
         out_channels: Channels of the logits.
-        multiple: What each side of an image must be a multiple of.
+        multiple: What each side of an image must be a multiple of; one number, or one for each axis.
         repeats: Images of one channel are taken too, repeated to ``in_channels``.
     """
 
     def __init__(
-        self, spatial_dims: int, in_channels: int, out_channels: int, *, multiple: int = 1, repeats: bool = False
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        multiple: int | Sequence[int] = 1,
+        repeats: bool = False,
     ):
         super().__init__()
         name = type(self).__name__
@@ -41,7 +49,8 @@ class Segmenter(nn.Module):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: {argument} must be a whole number from 1, got {value!r}")
         self.spatial_dims, self.in_channels, self.out_channels = spatial_dims, in_channels, out_channels
-        self.multiple, self.repeats = multiple, repeats
+        self.multiple = (multiple,) * spatial_dims if isinstance(multiple, int) else tuple(multiple)
+        self.repeats = repeats
 
     def check(self, x: Tensor) -> None:
         """Refuse images that the network cannot read.
@@ -60,10 +69,11 @@ class Segmenter(nn.Module):
             wanted = " or ".join(map(str, sorted(channels, reverse=True)))
             raise ValueError(f"{name}: images must have {wanted} channels, got {x.shape[1]} in {tuple(x.shape)}")
         sides = tuple(x.shape[2:])
-        padded = tuple(max(1, -(-side // self.multiple)) * self.multiple for side in sides)
+        padded = tuple(max(1, -(-side // n)) * n for side, n in zip(sides, self.multiple))
         if sides != padded:
+            each = self.multiple[0] if len(set(self.multiple)) == 1 else self.multiple
             raise ValueError(
-                f"{name}: each side of an image must be a multiple of {self.multiple}, got {sides}; pad it to {padded}"
+                f"{name}: each side of an image must be a multiple of {each}, got {sides}; pad it to {padded}"
             )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

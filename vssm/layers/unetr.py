@@ -1,0 +1,46 @@
+"""The convolutional blocks of UNETR (Hatamizadeh et al., arXiv:2103.10504) as MONAI has them, in 2D and 3D.
+
+The same function as ``UnetrBasicBlock`` and ``UnetrUpBlock`` of github.com/Project-MONAI/MONAI (Apache-2.0) with
+``norm_name="instance", res_block=True``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vssm.layers.conv import CONVS, TRANSPOSED
+from vssm.layers.instance_norm import InstanceNorm
+
+SLOPE = 0.01
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions of side 3, each under an instance norm, and a residual. (B, C, *grid) to (B, C', *grid).
+
+    The residual is the input, or a normed convolution of side 1 of it where the channels differ.
+    """
+
+    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int):
+        super().__init__()
+        conv = CONVS[spatial_dims]
+        self.conv1 = conv(in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = conv(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv3 = None if in_channels == out_channels else conv(in_channels, out_channels, 1, bias=False)
+        self.norm, self.norm_act = InstanceNorm(), InstanceNorm(SLOPE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.conv3 is None else self.norm(self.conv3(x))
+        return self.norm_act(self.conv2(self.norm_act(self.conv1(x))), residual)
+
+
+class UpBlock(nn.Module):
+    """Double the grid, put the skip beside it, a residual block. (B, C, *grid) and (B, C', *2 grid) to the latter."""
+
+    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int):
+        super().__init__()
+        self.up = TRANSPOSED[spatial_dims](in_channels, out_channels, 2, stride=2, bias=False)
+        self.block = ResidualBlock(spatial_dims, 2 * out_channels, out_channels)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.block(torch.cat([self.up(x), skip], 1))
