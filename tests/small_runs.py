@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from lightning.pytorch import Callback
 from PIL import Image
 from tree import ROOT
 
@@ -66,6 +67,17 @@ def write_config(file: Path, config: dict[str, Any]) -> str:
     """Write a configuration; return its name for ``--config``."""
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     return str(file)
+
+
+class StopAt(Callback):
+    """Raise before an optimiser step, as an interrupted process would end."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise InterruptedError
 
 
 KILLER = """

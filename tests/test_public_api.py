@@ -15,7 +15,7 @@ PUBLIC = {
                          "digest", "load_encoder", "load_pretrained", "load_state", "load_weights", "locate",
                          "looks_like", "read_checkpoint", "sha256", "source_url", "write_checkpoint"],
     "vssm.data": ["Augment", "ImageData", "ImageFolder", "Loader", "MNIST5k", "Pixels"],
-    "vssm.tasks": ["Classification", "Mixup", "Optimizer", "Schedule"],
+    "vssm.tasks": ["Classification", "Distillation", "Mesa", "Mixup", "Optimizer", "Schedule"],
     "vssm.cli": ["commands", "main"],
 }
 

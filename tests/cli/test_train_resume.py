@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from small_runs import assert_same, checkpoint, fit_process, image_folder, small_config, write_config
 
@@ -58,6 +59,39 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, folder, step):
                       for name in ("broken", "whole"))
     assert [row[:2] for row in rows] == [row[:2] for row in expected]
     assert not (tmp_path / "broken" / "version_1").exists()
+
+
+GROUPMAMBA = {"model": "test_groupmamba", "model_kwargs": {"drop_path_rate": 0.3}}
+LOSSES = {
+    "mesa": {"mesa": {"weight": 1.5}},
+    "schedule_free": {
+        "optimizer": {"name": "adamw_schedule_free", "ssm_decay": "all"}, "ema_decay": None,
+        "schedule": {"warmup_epochs": 0.5, "shape": "constant"},
+    },
+    "distillation": {**GROUPMAMBA, "distillation": {"teacher": "test_resnet"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_interrupted_run_with_a_second_model_resumes_to_the_same_weights(tmp_path, folder, name):
+    """Interrupted inside the second epoch, after five steps of MESA: what teaches goes on, too."""
+    options = LOSSES[name]
+    if name == "schedule_free":
+        pytest.importorskip("schedulefree")
+    if name == "distillation":
+        torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), tmp_path / "teacher.pth")
+        options = {**options, "distillation": {**options["distillation"], "checkpoint_path": f"{tmp_path}/teacher.pth"}}
+    config = small_config(folder, **options)
+    whole = run(tmp_path, config, "whole")
+    stop = [{"class_path": "small_runs.StopAt", "init_args": {"step": 9}}]
+    with pytest.raises(InterruptedError):
+        run(tmp_path, {**config, "trainer": {**config["trainer"], "callbacks": stop}}, "broken")
+    assert checkpoint(tmp_path / "broken")["global_step"] == 8
+    resumed = run(tmp_path, config, "broken", "--ckpt_path", "last")
+    assert resumed["global_step"] == 12
+    for key in EXACT:
+        assert_same(resumed[key], whole[key], key)
+    assert any(not torch.equal(whole["state_dict"][key], value) for key, value in whole["trained_state_dict"].items())
 
 
 @pytest.mark.parametrize("trainer", [{"max_epochs": 1}, {"max_steps": 6}], ids=["epochs", "steps"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vssm.tasks.classification import Classification, Mixup
+from vssm.tasks.distillation import Distillation, Mesa
 from vssm.tasks.optimizer import Optimizer, Schedule
 
-__all__ = ["Classification", "Mixup", "Optimizer", "Schedule"]
+__all__ = ["Classification", "Distillation", "Mesa", "Mixup", "Optimizer", "Schedule"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vssm.tasks.finite import NonFiniteLoss, all_finite, first_nonfinite_module
 from vssm.tasks.optimizer import Optimizer, Schedule
 from vssm.tasks.random_state import get_random_state, set_random_state
-from vssm.tasks.saving import WeightAverage
+from vssm.tasks.saving import AveragedWeights, ScheduleFreeAverage, WeightAverage
 
 T = TypeVar("T")
 
@@ -55,12 +55,21 @@ class Task(LightningModule):
         self.model = model
         self.optimizer, self.schedule = settings(Optimizer, optimizer), settings(Schedule, schedule)
         self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
+        if self.optimizer.schedule_free and (self.schedule.shape != "constant" or ema_decay is not None):
+            raise ValueError(
+                f"{type(self).__name__}: {self.optimizer.name} keeps an average of its own in the place of a schedule; "
+                f"set schedule.shape='constant' and ema_decay=null, got {self.schedule.shape!r} and {ema_decay}"
+            )
         self.class_names, self._classes_argument = class_names, classes_argument
 
     def forward(self, images: Tensor) -> Any:
         return self.model(images)
 
     # ---- what a task says ----
+
+    def run_model(self, images: Any, target: Any) -> Any:
+        """Run the model as the loss does, to find out where a value that is not finite comes from."""
+        return self.model(images)
 
     def loss(self, images: Tensor, target: Any) -> Tensor:
         """Return the training loss of ``self(images)``."""
@@ -98,7 +107,7 @@ class Task(LightningModule):
         set_random_state(before)  # dropout and drop path as they were
         outputs: list[Any] = []
         with torch.compiler.set_stance("force_eager"):
-            module = first_nonfinite_module(self.model, lambda: outputs.append(self.model(images)))
+            module = first_nonfinite_module(self.model, lambda: outputs.append(self.run_model(images, target)))
         if not all_finite(images):
             origin = "the images themselves are not finite"
         elif module is not None:
@@ -131,7 +140,8 @@ class Task(LightningModule):
                 f"{type(self).__name__}: the schedule needs an end; set trainer.max_epochs or trainer.max_steps"
             )
         epochs = steps / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        scheduler = self.schedule.build(optimizer, int(steps), epochs)
+        self.total_steps = int(steps)
+        scheduler = self.schedule.build(optimizer, self.total_steps, epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
@@ -139,7 +149,17 @@ class Task(LightningModule):
         scheduler.step_update(self.global_step)
 
     def configure_callbacks(self) -> list[Callback]:
-        return [] if self.ema_decay is None else [WeightAverage(self.ema_decay, warmup=self.ema_warmup)]
+        self._averages: list[AveragedWeights] = []
+        if self.ema_decay is not None:
+            self._averages = [WeightAverage(self.ema_decay, warmup=self.ema_warmup)]
+        elif self.optimizer.schedule_free:
+            self._averages = [ScheduleFreeAverage()]
+        return list(self._averages)
+
+    @property
+    def average(self) -> nn.Module:
+        """The weight average during training, in evaluation mode."""
+        return self._averages[0].module
 
     # ---- checkpoints ----
 

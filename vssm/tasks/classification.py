@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from vssm.checkpoints import load_weights
 from vssm.tasks.base import Task, settings
+from vssm.tasks.distillation import Distillation, Mesa, predictions
 from vssm.tasks.optimizer import Optimizer, Schedule
 
 
@@ -44,6 +45,8 @@ class Classification(Task):
         ema_decay: Also keep an exponential moving average of the weights, which is then what is validated, tested and
             saved as ``state_dict``; None keeps none.
         ema_warmup: Let the decay rise to ``ema_decay`` over the first steps, as timm does.
+        distillation: A teacher for the model's second classifier; None for none.
+        mesa: Let the weight average teach the weights, too; needs ``ema_decay``. None does not.
         grad_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model with ``torch.compile``.
     """
@@ -65,6 +68,8 @@ class Classification(Task):
         label_smoothing: float = 0.0,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        distillation: Distillation | None = None,
+        mesa: Mesa | None = None,
         grad_checkpointing: bool = False,
         compile: bool = False,
     ):
@@ -88,6 +93,21 @@ class Classification(Task):
         if mixup.mixup_alpha > 0 or mixup.cutmix_alpha > 0:
             self.mixup = TimmMixup(**vars(mixup), label_smoothing=label_smoothing, num_classes=num_classes)
         self.num_classes = num_classes
+        self.distillation = None if distillation is None else settings(Distillation, distillation)
+        self.mesa = None if mesa is None else settings(Mesa, mesa)
+        self._teacher: list[nn.Module] = []  # in a list: no part of this module, its checkpoints, its modes
+        if self.mesa is not None and (ema_decay is None or self.distillation is not None):
+            raise ValueError(
+                "Classification: mesa needs ema_decay, whose average teaches, and no distillation beside it, got "
+                f"ema_decay={ema_decay} and distillation={distillation}"
+            )
+        if self.distillation is not None:
+            if not hasattr(self.model, "set_distilled_training"):
+                raise ValueError(
+                    "Classification: distillation needs a model with a second classifier and set_distilled_training, "
+                    f"as groupmamba_* and deit_*_distilled are, got a {type(self.model).__name__}"
+                )
+            self.model.set_distilled_training(True)
         self.val_metrics, self.test_metrics = _metrics(num_classes, "val/"), _metrics(num_classes, "test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
@@ -99,10 +119,30 @@ class Classification(Task):
             images, target = self.mixup(images, target)
         return self.finite_loss(batch, images, target)
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.distillation is not None:
+            self._teacher = [self.distillation.build(self.model, self.num_classes)]
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
     def loss(self, images: Tensor, target: Tensor) -> Tensor:
-        """Return the cross-entropy; of soft targets without further smoothing, since timm's mixup smooths them."""
+        """Return the cross-entropy; of soft targets without further smoothing, since timm's mixup smooths them.
+
+        With ``distillation`` or ``mesa`` also what they add.
+        """
         smoothing = self.label_smoothing if target.ndim == 1 else 0.0
-        return F.cross_entropy(self(images), target, label_smoothing=smoothing)
+        outputs = self(images)
+        logits = outputs if self.distillation is None else outputs[0]
+        loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
+        if self.distillation is not None:
+            return self.distillation.loss(outputs, loss, predictions(self._teacher[0], images))
+        if self.mesa is not None and self.global_step >= self.mesa.start * self.total_steps:
+            return loss + self.mesa.loss(logits, predictions(self.average, images))
+        return loss
 
     # ---- evaluation ----
 

@@ -21,13 +21,15 @@ class Optimizer:
     Norms, biases and every parameter that the model names in ``no_weight_decay()`` are not decayed.
 
     Args:
-        name: One of ``timm.optim.list_optimizers()``.
+        name: One of ``timm.optim.list_optimizers()``, or "adamw_schedule_free" (arXiv:2405.15682, from the package
+            schedulefree), which takes a constant rate, after its warm-up, to the end.
         lr: Learning rate at its peak.
         lr_base_batch: The batch over all processes and accumulation steps that ``lr`` is for; it is scaled in
             proportion to the actual one. None takes ``lr`` as it stands.
         weight_decay: Decay of everything else.
         ssm_decay: "none" decays no ``A_log``, ``D`` and step-size bias of any state-space layer, as Mamba's authors
-            advise; "published" decays those that the recipe of the model's published weights decayed.
+            advise; "published" decays those that the recipe of the model's published weights decayed; "all" decays
+            these and everything else, norms and biases included.
         momentum: Of optimisers that have it.
         betas, eps: Of Adam and its relatives; None is the optimiser's own.
         layer_decay: Factor on the learning rate for each layer below the head; None trains all layers alike.
@@ -37,20 +39,34 @@ class Optimizer:
     lr: float = 1e-3
     lr_base_batch: int | None = None
     weight_decay: float = 0.05
-    ssm_decay: Literal["none", "published"] = "none"
+    ssm_decay: Literal["none", "published", "all"] = "none"
     momentum: float = 0.9
     betas: tuple[float, float] | None = None
     eps: float | None = None
     layer_decay: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.ssm_decay == "all" and self.layer_decay is not None:
+            raise ValueError("Optimizer: ssm_decay 'all' makes one group of all parameters, layer_decay one a layer")
+
+    @property
+    def schedule_free(self) -> bool:
+        """Whether the optimiser averages the weights in the place of a schedule."""
+        return self.name == "adamw_schedule_free"
+
     def build(self, model: nn.Module, batch: int) -> torch.optim.Optimizer:
         """Make the optimiser for ``model``, trained with ``batch`` samples a step in all."""
         lr = self.lr * batch / self.lr_base_batch if self.lr_base_batch else self.lr
         given = {name: getattr(self, name) for name in ("betas", "eps") if getattr(self, name) is not None}
+        if self.schedule_free:
+            return _schedule_free()(self.groups(model), lr=lr, **given)
         return create_optimizer_v2(self.groups(model), self.name, lr=lr, momentum=self.momentum, **given)
 
     def groups(self, model: nn.Module) -> list[dict]:
         """Sort the parameters by weight decay and, with ``layer_decay``, by learning rate."""
+        if self.ssm_decay == "all":
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            return [{"params": parameters, "weight_decay": self.weight_decay}]
         excluded = set(getattr(model, "no_weight_decay", set)())
         if self.ssm_decay == "none":
             excluded.update(ssm_parameters(model))
@@ -70,7 +86,7 @@ class Schedule:
         warmup_epochs: Length of the warm-up; a fraction is allowed.
         warmup_lr, min_lr: Learning rates at the start and at the end. ``lr_base_batch`` does not scale them.
         shape: "cosine" falls along one half of a cosine, "poly" along (1 - t) ** ``power``, "steps" is multiplied by
-            ``decay_rate`` at the end of each of ``decay_epochs`` (and has no ``min_lr``).
+            ``decay_rate`` at the end of each of ``decay_epochs`` (and has no ``min_lr``), "constant" does not fall.
         power: Of "poly"; 1 is a straight line.
         decay_epochs, decay_rate: Of "steps". Epochs count from the start of the run.
     """
@@ -78,7 +94,7 @@ class Schedule:
     warmup_epochs: float = 5.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
-    shape: Literal["cosine", "poly", "steps"] = "cosine"
+    shape: Literal["cosine", "poly", "steps", "constant"] = "cosine"
     power: float = 1.0
     decay_epochs: tuple[float, ...] = ()
     decay_rate: float = 0.1
@@ -94,10 +110,21 @@ class Schedule:
         """Make the schedule of a run of ``steps`` optimiser steps in ``epochs`` epochs."""
         warmup = min(round(self.warmup_epochs * steps / epochs), steps - 1)
         common = {"warmup_t": warmup, "warmup_lr_init": self.warmup_lr, "t_in_epochs": False}
-        if self.shape == "steps":
+        if self.shape in ("steps", "constant"):
             decays = [round(epoch * steps / epochs) for epoch in self.decay_epochs]
             return MultiStepLRScheduler(optimizer, decays, self.decay_rate, warmup_prefix=False, **common)
         common |= {"t_initial": max(steps - warmup, 1), "lr_min": self.min_lr, "warmup_prefix": True}
         if self.shape == "poly":
             return PolyLRScheduler(optimizer, power=self.power, **common)
         return CosineLRScheduler(optimizer, **common)
+
+
+def _schedule_free() -> type[torch.optim.Optimizer]:
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError as error:
+        raise ImportError(
+            "Optimizer: adamw_schedule_free is made by the package schedulefree, which is not installed; "
+            "pip install 'vssm[train]' or pip install schedulefree"
+        ) from error
+    return AdamWScheduleFree

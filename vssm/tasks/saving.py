@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,55 +154,44 @@ class RandomState(Callback):
             self._resumed = None
 
 
-class WeightAverage(Callback):
-    """Exponential moving average of ``pl_module.model`` (timm's ``ModelEmaV3``).
+class AveragedWeights(Callback):
+    """Train the weights of ``pl_module.model``, validate and save an average of them.
 
-    The average is what is validated. In checkpoints it is the ``state_dict``, so that testing, prediction and export
-    use it, and the weights being trained are ``trained_state_dict``, from which training resumes. At the end of
-    training the module holds the average. (Lightning's own callback, 2.6, puts the trained weights back when a
-    checkpoint is tested after ``fit`` in one process.)
-
-    Args:
-        decay: Share of the old average that is kept at each optimiser step.
-        warmup: Let the decay rise from 0 in the first steps.
+    In checkpoints the average is the ``state_dict``, so that testing, prediction and export use it, and the weights
+    being trained are ``trained_state_dict``, from which training resumes. At the end of training the module holds the
+    average. (Lightning's own callback, 2.6, puts the trained weights back when a checkpoint is tested after ``fit`` in
+    one process.)
     """
 
-    def __init__(self, decay: float, *, warmup: bool = False):
-        if not 0 < decay < 1:
-            raise ValueError(f"WeightAverage: decay must be between 0 and 1, got {decay}")
-        self.decay, self.warmup = decay, warmup
-        self.average: ModelEmaV3 | None = None
-        self._trained: torch.nn.Module | None = None
-        self._step = 0
+    module: torch.nn.Module
+    """A copy of the model, in evaluation mode, that holds the average."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self.average = ModelEmaV3(pl_module.model, decay=self.decay, use_warmup=self.warmup)
+    def __init__(self) -> None:
+        self._trained: torch.nn.Module | None = None
+
+    def refresh(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring ``module`` up to date; it is about to be used."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.average.to(pl_module.device)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step > self._step:  # not while gradients accumulate
-            self._step = trainer.global_step
-            self.average.update(pl_module.model, step=self._step)
+        self.module.to(pl_module.device)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self._trained, pl_module.model = pl_module.model, self.average.module
+            self.refresh(trainer, pl_module)
+            self._trained, pl_module.model = pl_module.model, self.module
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             pl_module.model, self._trained = self._trained, None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.model.load_state_dict(self.average.module.state_dict())
+        self.refresh(trainer, pl_module)
+        pl_module.model.load_state_dict(self.module.state_dict())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            averaged = {f"model.{name}": value for name, value in self.average.module.state_dict().items()}
+            self.refresh(trainer, pl_module)
+            averaged = {f"model.{name}": value for name, value in self.module.state_dict().items()}
             checkpoint["trained_state_dict"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = {**checkpoint["state_dict"], **averaged}
 
@@ -210,14 +200,70 @@ class WeightAverage(Callback):
             return
         if "trained_state_dict" not in checkpoint:
             raise ValueError(
-                "WeightAverage: the checkpoint to resume from was written without a weight average; resume with "
-                "ema_decay null"
+                f"{type(self).__name__}: the checkpoint to resume from was written without a weight average; resume "
+                "with the settings that it was written with"
             )
-        self.average.module.load_state_dict(pl_module.model.state_dict())  # the module was loaded with the average
+        self.module.load_state_dict(pl_module.model.state_dict())  # the module was loaded with the average
         pl_module.load_state_dict(checkpoint["trained_state_dict"])
+
+
+class WeightAverage(AveragedWeights):
+    """Exponential moving average of ``pl_module.model`` (timm's ``ModelEmaV3``).
+
+    Args:
+        decay: Share of the old average that is kept at each optimiser step.
+        warmup: Let the decay rise from 0 in the first steps.
+    """
+
+    def __init__(self, decay: float, *, warmup: bool = False):
+        super().__init__()
+        if not 0 < decay < 1:
+            raise ValueError(f"WeightAverage: decay must be between 0 and 1, got {decay}")
+        self.decay, self.warmup = decay, warmup
+        self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.average = ModelEmaV3(pl_module.model, decay=self.decay, use_warmup=self.warmup)
+            self.module = self.average.module
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._step:  # not while gradients accumulate
+            self._step = trainer.global_step
+            self.average.update(pl_module.model, step=self._step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._step = state_dict["step"]
+
+
+class ScheduleFreeAverage(AveragedWeights):
+    """The average that a schedule-free optimiser keeps in the place of a schedule (arXiv:2405.15682).
+
+    The optimiser's own ``eval()`` and ``train()`` would turn the weights into the average and back with rounding; here
+    the average is computed beside them, so that validating or saving changes nothing. Buffers, such as the running
+    statistics of batch norm, are those of the trained weights.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.module = copy.deepcopy(pl_module.model).eval().requires_grad_(False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.optimizers[0].train()  # allows steps; the weights are those to be trained already
+
+    @torch.no_grad()
+    def refresh(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Extrapolate from the trained weights y and the optimiser's z: y = beta x + (1 - beta) z, x is the average."""
+        (optimizer,) = trainer.optimizers
+        averages = dict(zip(pl_module.model.parameters(), self.module.parameters(), strict=True))
+        for group in optimizer.param_groups:
+            for y in group["params"]:
+                z = optimizer.state[y].get("z", y) if y in optimizer.state else y
+                averages[y].copy_(y.lerp(z, 1 - 1 / group["betas"][0]))
+        for ours, theirs in zip(self.module.buffers(), pl_module.model.buffers(), strict=True):
+            ours.copy_(theirs)
