@@ -85,7 +85,7 @@ def test_published_names_are_mmsegmentations():
 
 
 def test_published_weights_are_named_for_what_they_are():
-    for name in list_models("upernet_*"):
+    for name in list_models("upernet_*mamba_*"):
         (weights,) = find(name).weights.values()
         assert weights.num_classes == 150
         assert weights.url.endswith(".pth")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from scene_runs import scene_folder
 from tolerance import error
 from tree import ROOT, run_python
 
@@ -73,22 +72,6 @@ def test_a_published_segmenter_loads_into_theirs_and_ours():
         assert torch.equal(theirs.state_dict()[name], value), name
 
 
-def folder(root, split, count, seed):
-    """Grey images with a bright disk: class 1 of 2 inside it, 0 outside (annotations 2 and 1; 0 is unlabelled)."""
-    noise = np.random.default_rng(seed)
-    for name in ("images", "annotations"):
-        (root / name / split).mkdir(parents=True)
-    y, x = np.mgrid[:72, :80]
-    for i in range(count):
-        cy, cx, r = noise.integers(20, 52), noise.integers(20, 60), noise.integers(14, 24)
-        disk = (y - cy) ** 2 + (x - cx) ** 2 < r**2
-        pixels = (noise.normal(90, 25, (72, 80, 3)) + 90 * disk[..., None]).clip(0, 255).astype(np.uint8)
-        labels = disk.astype(np.uint8) + 1
-        labels[:4] = 0
-        Image.fromarray(pixels).save(root / "images" / split / f"{i:02}.jpg")
-        Image.fromarray(labels).save(root / "annotations" / split / f"{i:02}.png")
-
-
 def run_config(root, steps):
     config = Config.fromfile(str(CONFIG))
     config.model = segmenter()
@@ -122,8 +105,7 @@ def run_config(root, steps):
 
 def test_runner_trains_validates_and_resumes(tmp_path):
     """A disk is found after 30 steps; a run stopped at 15 goes on at 15, with the optimiser's state."""
-    folder(tmp_path, "training", 8, 0)
-    folder(tmp_path, "validation", 3, 1)
+    scene_folder(tmp_path)
     Runner.from_cfg(run_config(tmp_path, 15)).train()
     assert (tmp_path / "work" / "iter_15.pth").is_file()
     allow_resume()

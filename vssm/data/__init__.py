@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+from vssm.data.box_augment import BoxAugment
+from vssm.data.detection import CocoDetection, DetectionData, DigitScenes, VocDetection
 from vssm.data.images import Augment, ImageData, ImageFolder, Loader, MNIST5k, Pixels
+from vssm.data.scenes import SceneAugment, SceneFolder, SceneSize
 
-__all__ = ["Augment", "ImageData", "ImageFolder", "Loader", "MNIST5k", "Pixels"]
+__all__ = [
+    "Augment",
+    "BoxAugment",
+    "CocoDetection",
+    "DetectionData",
+    "DigitScenes",
+    "ImageData",
+    "ImageFolder",
+    "Loader",
+    "MNIST5k",
+    "Pixels",
+    "SceneAugment",
+    "SceneFolder",
+    "SceneSize",
+    "VocDetection",
+]

@@ -230,6 +230,10 @@ VARIANTS = [
     _variant("vmamba_small_s2l15", "%23v2seg/UPERVSSM_small_iter_144000", "50.6 / 51.2"),
     _variant("vmamba_base_s2l15", "%23v2seg/UPERVSSM_base_iter_160000", "51.0 / 51.6"),
     Variant(
+        "upernet", UPerNet, {}, [], classifier=("decode_head.conv_seg", "auxiliary_head.conv_seg"), task="segmentation",
+        description="not published: on any backbone, backbone=NAME",
+    ),
+    Variant(
         "test_upernet", UPerNet, {"backbone": "test_vmamba", "channels": 8, "auxiliary_channels": 4},
         [BackboneKeys("test_vmamba")], first_conv="backbone.stem.conv1",
         classifier=("decode_head.conv_seg", "auxiliary_head.conv_seg"), task="segmentation", description="for tests",

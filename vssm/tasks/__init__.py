@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from vssm.tasks.classification import Classification, Mixup
+from vssm.tasks.detection import Detection
 from vssm.tasks.distillation import Distillation, Mesa
 from vssm.tasks.optimizer import Optimizer, Schedule
+from vssm.tasks.semantic import SemanticSegmentation
 
-__all__ = ["Classification", "Distillation", "Mesa", "Mixup", "Optimizer", "Schedule"]
+__all__ = [
+    "Classification",
+    "Detection",
+    "Distillation",
+    "Mesa",
+    "Mixup",
+    "Optimizer",
+    "Schedule",
+    "SemanticSegmentation",
+]
