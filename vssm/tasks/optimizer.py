@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,7 +120,7 @@ class Schedule:
         return CosineLRScheduler(optimizer, **common)
 
 
-def _schedule_free() -> type[torch.optim.Optimizer]:
+def _schedule_free() -> Callable[..., torch.optim.Optimizer]:
     try:
         from schedulefree import AdamWScheduleFree
     except ImportError as error:
