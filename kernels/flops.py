@@ -25,7 +25,7 @@ Shape = Sequence[int]
 
 @register_flop_formula(torch.ops.vssm.selective_scan)
 def _selective_scan(u: Shape, *args: Any, out_shape: tuple[Shape, ...], **_: Any) -> int:
-    y, last_state, *_ = out_shape
+    y, last_state = out_shape[:2]
     return _scan(last_state, _steps(u, args[7:10]), D=args[4] is not None, gated=prod(y) if args[5] is not None else 0)
 
 
@@ -37,13 +37,13 @@ def _selective_scan_backward(grad_y: Shape, grad_last: Shape, u: Shape, *args: A
 
 @register_flop_formula(torch.ops.vssm.causal_conv1d)
 def _causal_conv1d(x: Shape, weight: Shape, *args: Any, out_shape: tuple[Shape, Shape], **_: Any) -> int:
-    b, k, d, _ = out_shape[1]
+    b, k, d = out_shape[1][:3]
     return 2 * b * k * d * _steps(x, args[1:3]) * weight[-1]
 
 
 @register_flop_formula(torch.ops.vssm.causal_conv1d_backward)
 def _causal_conv1d_backward(grad_y: Shape, grad_last: Shape, x: Shape, weight: Shape, *args: Any, **_: Any) -> int:
-    b, k, d, _ = grad_last
+    b, k, d = grad_last[:3]
     silu = args[4]  # its slope needs the convolution once more
     return (3 if silu else 2) * 2 * b * k * d * _steps(x, args[1:3]) * weight[-1]
 

@@ -26,6 +26,7 @@ from vssm.scans import (  # noqa: F401  (their orders register themselves)
     window,
 )
 from vssm.scans.apply import to_grid, to_sequences
+from vssm.scans.plotting import plot
 from vssm.scans.registry import Grid, list_scans, register_scan, scan_array, scan_rows, scan_shape, visits_once
 from vssm.scans.snake import snake_directions
 from vssm.scans.tables import scan_table
@@ -33,6 +34,7 @@ from vssm.scans.tables import scan_table
 __all__ = [
     "Grid",
     "list_scans",
+    "plot",
     "register_scan",
     "scan_array",
     "scan_rows",

@@ -21,7 +21,8 @@ Grid = tuple[int, ...]
 Option = int | str | bool | None
 Options = tuple[tuple[str, Option], ...]  # sorted by name, defaults filled in: a cache key
 
-RESERVED = ("name", "grid", "device", "middle_token")  # arguments of scan_table, so no option's name
+# Arguments of scan_table and plot, so no option's name.
+RESERVED = ("name", "grid", "device", "middle_token", "rows", "ax", "cmap")
 
 _SCANS: dict[str, Scan] = {}
 
