@@ -55,7 +55,7 @@ def importing(name: str):
 def test_models_lists_the_zoo(capsys):
     assert cli.main(["models", "vmamba_t*"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split()[:2] == ["model", "parameters"]
+    assert header.split()[:3] == ["model", "task", "parameters"]
     assert [row.split()[0] for row in rows] == ["vmamba_tiny", "vmamba_tiny_s1l8", "vmamba_tiny_s2l5"]
     assert "82.6 %" in rows[0]
 
@@ -63,3 +63,24 @@ def test_models_lists_the_zoo(capsys):
 def test_models_that_do_not_exist_are_no_success(capsys):
     assert cli.main(["models", "resnet*"]) == 1
     assert "no model fits" in capsys.readouterr().out
+
+
+def test_models_by_order_licence_and_size(capsys):
+    """The filters of list_models, and GFLOPs where they are asked for."""
+    argv = ["models", "vim_t*", "--scan", "hilbert", "--license", "permissive", "--params-below", "7.2e6", "--flops"]
+    assert cli.main(argv) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert "GFLOPs" in header
+    assert row.split() == ["vim_tiny", "classification", "7.1", "M", "1.82", "224×224", "76.1", "%", "top-1",
+                           "apache-2.0", "apache-2.0", "arXiv:2401.09417"]  # fmt: skip
+    assert cli.main(["models", "--scan", "spirals"]) == 2
+    assert "did you mean spiral" in capsys.readouterr().err
+
+
+def test_every_family_says_under_which_licence_its_code_is_published():
+    from vssm.cli.models import code_license
+    from vssm.models.variant import families
+
+    licences = {family.__name__.rpartition(".")[2]: code_license(family) for family in families()}
+    assert {"vmamba": "mit", "vssd": "none", "mambayolo": "agpl-3.0"}.items() <= licences.items()
+    assert set(licences.values()) <= {"mit", "apache-2.0", "none", "agpl-3.0", "cc by-nc 4.0", "bsd-3-clause"}

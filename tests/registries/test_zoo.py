@@ -13,7 +13,7 @@ from vssm.models import variant as rows
 from vssm.models.keys import to_published
 from vssm.models.variant import Variant, Weights
 from vssm.registries.timm import register
-from vssm.registries.zoo import _as_people_count, create_model, list_models
+from vssm.registries.zoo import _as_people_count, create_model, find, list_models
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -41,10 +41,33 @@ def test_lists():
     assert list_models("*_t*") == ["toy_tiny"]
     assert list_models(["*_t*", "*base"], exclude="toy_b*") == ["toy_tiny"]
     assert list_models(pretrained=True) == ["toy_small", "toy_tiny"]
-    assert list_models(pretrained=True, license="commercial-ok") == ["toy_small"]
+    assert list_models(pretrained=True, license="permissive") == ["toy_small"]
     assert list_models(license="mit") == ["toy_small"]
     assert list_models(family="toy") == list_models()
+    assert list_models(scan="hilbert") == list_models()
+    assert list_models(scan="interslice", task="classification") == list_models()
+    assert list_models(task="segmentation") == []
     assert list_models(family="vim") == []
+
+
+def test_lists_by_size():
+    """Fewer parameters than that, not as many."""
+    sizes = {name: sum(p.numel() for p in find(name).build().parameters()) for name in list_models()}
+    assert len(set(sizes.values())) > 1
+    for limit in (*sizes.values(), 1, 1e9):
+        assert list_models(params_below=limit) == [name for name in list_models() if sizes[name] < limit]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"scan": "hilbrt"}, "no order named 'hilbrt'; did you mean hilbert"),
+        ({"task": "regression"}, "list_models: task must be one of classification, segmentation, "),
+    ],
+)
+def test_a_filter_that_does_not_exist_is_refused(asked, message):
+    with pytest.raises(ValueError, match=message):
+        list_models(**asked)
 
 
 def test_numbers_sort_as_numbers():

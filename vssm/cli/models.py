@@ -1,56 +1,100 @@
-"""List the models: parameters, published accuracy, licence of the published weights, paper."""
+"""List the models: task, parameters, published accuracy, licences of code and of published weights, paper."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Sequence
-from functools import cache
+from types import ModuleType
 
-import torch
+from vssm.cli._tables import text_table
+from vssm.models.variant import Variant, families
+from vssm.registries.zoo import find, list_models, parameters
 
-from vssm.models.variant import Variant
-from vssm.registries.zoo import find, list_models
+__all__ = ["HEADER", "code_license", "main", "numbers", "row"]
 
-__all__ = ["HEADER", "main", "row"]
-
-HEADER = ("model", "parameters", "input", "top-1 as published", "licence of weights", "paper")
-
-
-def parameters(variant: Variant) -> int:
-    """Number of parameters, counted without allocating them."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in variant.build().parameters())
+HEADER = (
+    "model", "task", "parameters", "GFLOPs", "input", "as published", "licence of code", "licence of weights", "paper"
+)  # fmt: skip
+NOTHING = "–"
 
 
-@cache
-def row(name: str) -> tuple[str, ...]:
-    """One line of the table, a text for each entry of HEADER; a dash where there is nothing published."""
-    variant = find(name)
-    count = f"{parameters(variant) / 1e6:.1f} M"
+def numbers(name: str) -> tuple[str, str]:
+    """Parameters and GFLOPs (as papers count them) of a model, for its own input size."""
+    from vssm.cli.flops import flops_of
+
+    return count(name), f"{flops_of(name).as_papers_count / 1e9:.2f}"
+
+
+def count(name: str) -> str:
+    """Parameters of a model, in millions."""
+    return f"{parameters(name) / 1e6:.1f} M"
+
+
+def row(name: str, known: tuple[str, str] | None = None) -> tuple[str, ...]:
+    """One line of the table, a text for each entry of HEADER; a dash where there is nothing published.
+
+    ``known`` are the model's ``numbers`` if somebody has counted them; without them GFLOPs are not counted.
+    """
+    from vssm.cli.flops import input_shape
+
+    variant, family = find(name), family_of(name)
+    counted, gflops = known or (count(name), NOTHING)
+    size = "×".join(map(str, input_shape(variant)[2:]))
+    paper = re.search(r"arXiv:\d{4}\.\d{4,5}", family.__doc__)
+    origin = paper[0] if paper else NOTHING
     if not variant.weights:
-        return (name, count, "–", "–", "–", "–")
+        return (name, variant.task, counted, gflops, size, NOTHING, code_license(family), NOTHING, origin)
     weights = next(iter(variant.weights.values()))
-    height, width = weights.input_size[1:]
-    top1 = "–" if weights.top1 is None else f"{weights.top1:.1f} %"
-    return (name, count, f"{height}×{width}", top1, weights.license, weights.paper)
+    reached = re.search(r"(\w+) as published: ([\d.]+)", weights.notes)
+    score = f"{reached[2]} {reached[1]}" if reached else NOTHING
+    score = score if weights.top1 is None else f"{weights.top1:.1f} % top-1"
+    return (
+        name, variant.task, counted, gflops, size, score, code_license(family), weights.license, weights.paper
+    )  # fmt: skip
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip() for line in rows)
+def family_of(name: str) -> ModuleType:
+    """The module that declares a model."""
+    variant: Variant = find(name)
+    return next(family for family in families() if variant in family.VARIANTS)
+
+
+def code_license(family: ModuleType) -> str:
+    """Licence of a family's published code, which its docstring names behind the repository."""
+    repository = re.escape(family.REPOSITORY)
+    found = re.search(rf"github\.com/{repository},? \(?([^,;:)]+)", " ".join(family.__doc__.split()))
+    if found is None:
+        raise ValueError(f"{family.__name__}: the docstring must name github.com/{family.REPOSITORY} (LICENCE)")
+    name = found[1].lower()
+    return "none" if name.startswith("no licence") else name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vssm models", description=__doc__)
     parser.add_argument("pattern", nargs="*", default=["*"], help="names with wildcards, such as 'vim_*'")
     parser.add_argument("--pretrained", action="store_true", help="only models with published weights")
+    parser.add_argument("--task", help="only classification, segmentation, detection or pretraining")
     parser.add_argument("--family", help="only one family, such as vmamba")
-    parser.add_argument("--license", help="only weights under this licence; 'commercial-ok' for any that allows it")
+    parser.add_argument("--scan", help="only models that can be made with this scan order")
+    parser.add_argument("--license", help="only weights under this licence; 'permissive' for any permissive one")
+    parser.add_argument("--params-below", type=float, metavar="N", help="only models with fewer parameters, 30e6")
+    parser.add_argument("--flops", action="store_true", help="count GFLOPs too, a second or two for each model")
     args = parser.parse_args(argv)
-    names = list_models(args.pattern, pretrained=args.pretrained, family=args.family, license=args.license)
+    try:
+        names = list_models(
+            args.pattern, pretrained=args.pretrained, task=args.task, family=args.family, scan=args.scan,
+            license=args.license, params_below=args.params_below,
+        )  # fmt: skip
+    except ValueError as error:
+        print(f"vssm models: {error}", file=sys.stderr)
+        return 2
     if not names:
         print("vssm models: no model fits; 'vssm models' lists them all")
         return 1
-    print(table([HEADER, *map(row, names)]))
+    rows = [HEADER, *(row(name, numbers(name) if args.flops else None) for name in names)]
+    if not args.flops:
+        rows = [line[:3] + line[4:] for line in rows]
+    print(text_table(rows))
     return 0

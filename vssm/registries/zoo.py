@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Collection
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from vssm.checkpoints import load_pretrained, load_weights
 from vssm.models.variant import Variant, variants
+from vssm.scans.registry import Scan, find_scan
 
-COMMERCIAL_OK = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0")
+PERMISSIVE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc-by-4.0")
+TASKS = ("classification", "segmentation", "detection", "pretraining")
 
 
 def create_model(
@@ -95,7 +100,9 @@ def list_models(
     pretrained: bool = False,
     task: str | None = None,
     family: str | None = None,
+    scan: str | None = None,
     license: str | None = None,
+    params_below: float | None = None,
     exclude: str | Collection[str] = (),
 ) -> list[str]:
     """Names of the models, sorted as people count.
@@ -105,12 +112,23 @@ def list_models(
         pretrained: Only models with published weights.
         task: Only models for ``"classification"``, ``"segmentation"``, ``"detection"`` or ``"pretraining"``.
         family: Only this module of ``vssm.models`` (``"vmamba"``).
-        license: Only models with published weights under this licence, by SPDX name in any case;
-            ``"commercial-ok"`` for any that allows commercial use.
+        scan: Only models that can be made with this scan order, ``create_model(name, scan=scan)``.
+        license: Only models with published weights under this licence, by SPDX name in any case; ``"permissive"`` for
+            any permissive one, which allows commercial use.
+        params_below: Only models with fewer parameters.
         exclude: Wildcards to leave out.
+
+    Raises:
+        ValueError: If there is no such task or scan order.
+
+    >>> list_models("*_tiny", scan="hilbert", license="permissive", params_below=10e6)
+    ['efficientvmamba_tiny', 'localvim_tiny', 'vim_tiny']
     """
     patterns, excluded = ([p] if isinstance(p, str) else list(p) for p in (pattern, exclude))
-    allowed = COMMERCIAL_OK if license == "commercial-ok" else ((license or "").lower(),)
+    allowed = PERMISSIVE if license == "permissive" else ((license or "").lower(),)
+    order = None if scan is None else find_scan(scan)
+    if task is not None and task not in TASKS:
+        raise ValueError(f"list_models: task must be one of {', '.join(TASKS)}, got {task!r}")
 
     def wanted(name: str, row: Variant) -> bool:
         return (
@@ -120,9 +138,29 @@ def list_models(
             and (task is None or row.task == task)
             and (family is None or row.model.__module__.rpartition(".")[2] == family)
             and (license is None or any(weights.license.lower() in allowed for weights in row.weights.values()))
+            and (order is None or _reads(row, order))
+            and (params_below is None or parameters(name) < params_below)
         )
 
     return sorted((name for name, row in variants().items() if wanted(name, row)), key=_as_people_count)
+
+
+def _reads(row: Variant, order: Scan) -> bool:
+    """Whether the model has a scan order to choose, and this one reads its grids."""
+    arguments = inspect.signature(row.model).parameters
+    dims = row.kwargs.get("spatial_dims", arguments["spatial_dims"].default if "spatial_dims" in arguments else 2)
+    return "scan" in arguments and dims in order.spatial_dims
+
+
+@cache
+def parameters(name: str) -> int:
+    """Parameters of a model, counted without memory for them.
+
+    >>> parameters("vmamba_tiny")
+    30249064
+    """
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in find(name).build().parameters())
 
 
 def _as_people_count(name: str) -> list[tuple[int, str]]:
