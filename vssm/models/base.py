@@ -167,6 +167,8 @@ class Hierarchical(nn.Module):
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
+            if next(self.head.parameters(), None) is not None:  # of a head that is more than a classifier
+                self.head = nn.Identity()
         return take
 
     def get_classifier(self) -> nn.Module:

@@ -23,7 +23,7 @@ from vssm.layers.layout import over_map, to_map, to_tokens
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.models.backbone import run_classifier
-from vssm.models.base import Hierarchical, Indices, linear_head, make_stages
+from vssm.models.base import Hierarchical, linear_head, make_stages
 from vssm.models.keys import Rule, rename, reshape, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
 from vssm.scans import scan_shape, scan_table, visits_once
@@ -299,15 +299,6 @@ class GroupMamba(Hierarchical):
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         return self.head.fc if self.head.fc_dist is None else (self.head.fc, self.head.fc_dist)
-
-    def prune_intermediate_layers(
-        self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what ``forward_intermediates`` with these ``indices`` does not need."""
-        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if prune_head:
-            self.head = nn.Identity()
-        return take
 
     def no_weight_decay(self) -> set[str]:
         """Biases and norms aside (timm knows most). As published: A_log and the step-size bias are decayed."""

@@ -33,7 +33,7 @@ from vssm.layers.norm import ChannelNorm
 from vssm.layers.position import axial_angles
 from vssm.layers.ssm import decay, dt_bias_
 from vssm.models.backbone import run_classifier
-from vssm.models.base import Hierarchical, Indices, make_stages
+from vssm.models.base import Hierarchical, make_stages
 from vssm.models.keys import Rule, rename, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
 
@@ -333,15 +333,6 @@ class Mamba2D(Hierarchical):
         self._check_head(num_classes, global_pool)
         self.num_classes, self.head_hidden_size = num_classes, 4 * dims[-1]
         self.head = MlpHead(dims[-1], num_classes, global_pool, drop_rate)
-
-    def prune_intermediate_layers(
-        self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what ``forward_intermediates`` with these ``indices`` does not need."""
-        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if prune_head:
-            self.head = nn.Identity()
-        return take
 
     def no_weight_decay(self) -> set[str]:
         """Vectors aside (timm knows them). As published with v2; v1's authors decayed everything."""

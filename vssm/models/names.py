@@ -1,4 +1,4 @@
-"""Key rules of VMamba's published code, for the families that grew out of it and kept its names."""
+"""Key rules of the published code of VMamba and of MLLA, for the families that grew out of them."""
 
 from __future__ import annotations
 
@@ -43,3 +43,16 @@ def frame(stages: int = 4) -> list[Rule]:
         rename(r"^classifier\.head\.", r"head.fc."),
         rename(r"^outnorm(\d+)\.", r"out_norms.\1."),
     ]
+
+
+MLLA: list[Rule] = [  # stem, downsampling, blocks and head
+    rename(r"\.cpe(\d)\.", r".position\1."),
+    rename(r"^patch_embed\.", r"stem."),
+    rename(r"\.downsample\.conv\.0\.", r".downsample.widen."),
+    rename(r"\.downsample\.conv\.1\.", r".downsample.shrink."),
+    rename(r"\.downsample\.conv\.2\.", r".downsample.narrow."),
+    *(rename(rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+    rename(r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    rename(r"^head\.", r"head.fc."),
+    rename(r"^outnorm(\d+)\.", r"out_norms.\1."),
+]

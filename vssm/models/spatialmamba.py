@@ -25,7 +25,7 @@ from vssm.layers.ssm import decay, ssm_parameters
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename, reshape, stack
-from vssm.models.names import MIXER
+from vssm.models.names import MIXER, MLLA
 from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
 
 REPOSITORY = "EdwardChasel/Spatial-Mamba"
@@ -134,16 +134,8 @@ KEYS: list[Rule] = [
     rename(r"\.self_attention\.", r".mixer."),
     rename(r"\.mixer\.state_fusion\.", r".mixer.fusion."),
     *MIXER,
-    rename(r"\.cpe(\d)\.", r".position\1."),
     rename(r"\.ln_(\d)\.", r".norm\1."),
-    rename(r"^patch_embed\.", r"stem."),
-    rename(r"\.downsample\.conv\.0\.", r".downsample.widen."),
-    rename(r"\.downsample\.conv\.1\.", r".downsample.shrink."),
-    rename(r"\.downsample\.conv\.2\.", r".downsample.narrow."),
-    *(rename(rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
-    rename(r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    rename(r"^head\.", r"head.fc."),
-    rename(r"^outnorm(\d+)\.", r"out_norms.\1."),
+    *MLLA,
 ]
 
 

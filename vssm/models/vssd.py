@@ -24,6 +24,7 @@ from vssm.layers.ssm import decay, dt_bias_
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename
+from vssm.models.names import MLLA
 from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
 
 REPOSITORY = "YuHengsss/VSSD"
@@ -147,15 +148,7 @@ KEYS: list[Rule] = [
     rename(r"\.mixer\.conv2d\.", r".mixer.conv."),
     rename(r"\.mixer\.to_qkv\.", r".mixer.qkv."),
     rename(r"\.mixer\.to_out\.", r".mixer.proj."),
-    rename(r"\.cpe(\d)\.", r".position\1."),
-    rename(r"^patch_embed\.", r"stem."),
-    rename(r"\.downsample\.conv\.0\.", r".downsample.widen."),
-    rename(r"\.downsample\.conv\.1\.", r".downsample.shrink."),
-    rename(r"\.downsample\.conv\.2\.", r".downsample.narrow."),
-    *(rename(rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
-    rename(r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    rename(r"^head\.", r"head.fc."),
-    rename(r"^outnorm(\d+)\.", r"out_norms.\1."),
+    *MLLA,
 ]
 
 
