@@ -16,6 +16,7 @@ from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from vssm.kernels import causal_conv1d, selective_scan
+from vssm.layers.position import resize_square, split_class_tokens
 from vssm.scans import scan_table
 
 # FX must not look into these; it finds them where a module's forward calls them by these names.
@@ -207,11 +208,15 @@ class Hierarchical(nn.Module):
 class Isotropic(nn.Module):
     """Blocks over a sequence of tokens that keeps its length, a norm, pooling and a linear classifier.
 
-    A family sets ``blocks`` (a ModuleList of modules ``(tokens, grid) -> tokens``), ``norm``, ``head_drop`` and
-    ``head`` in its constructor, calls ``describe``, and says how images become tokens (``embed``), which tokens are
-    patches (``patches``), and how tokens are pooled (``pool``).
+    A family sets ``blocks`` (a ModuleList of modules ``(tokens, grid) -> tokens``), ``norm``, ``head_drop``, ``head``,
+    ``grid`` and ``pos_embed`` in its constructor, calls ``describe``, and says how images become tokens (``embed``) and
+    how tokens are pooled (``pool``).
     """
 
+    grid: tuple[int, int]  # of the patches of an image of the model's size
+    pos_embed: nn.Parameter | None  # (1, L, C), class tokens included
+    class_token: str | None = None  # where class tokens lie, see ``vssm.layers.position``
+    class_row = "own"  # how the table is resized, see ``resize_tokens``
     blocks: nn.ModuleList
     norm: nn.Module
     head_drop: nn.Module
@@ -233,11 +238,11 @@ class Isotropic(nn.Module):
 
     def patches(self, x: Tensor) -> Tensor:
         """Tokens without class tokens, in row-major order."""
-        raise NotImplementedError
+        return split_class_tokens(x, self.class_token)[0]
 
     def class_tokens(self, x: Tensor) -> Tensor:
         """The class tokens alone, (B, n, C)."""
-        raise NotImplementedError
+        return split_class_tokens(x, self.class_token)[1]
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens to what the classifier sees."""
@@ -322,6 +327,23 @@ class Isotropic(nn.Module):
             self.global_pool = global_pool
         weight = self.norm.weight if hasattr(self.norm, "weight") else next(self.parameters())
         self.head = linear_head(self.num_features, num_classes).to(weight)
+
+    def adapt_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict whose position table has this model's size, resized from that of square images.
+
+        Raises:
+            ValueError: If the table is not that of square images.
+        """
+        own = self.pos_embed
+        if own is None:
+            return dict(state)
+
+        def resized(table: Tensor) -> Tensor:
+            who = f"{type(self).__name__}.adapt_state"
+            fits = table.shape == own.shape
+            return table if fits else resize_square(who, table, self.grid, self.class_token, self.class_row)
+
+        return adapted(state, "pos_embed", resized)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep block inputs only and recompute the rest in backward; the output stays the same."""

@@ -29,12 +29,10 @@ from vssm.layers.position import (
     Rotary,
     insert_class_tokens,
     positions,
-    resize_square,
     resize_tokens,
-    split_class_tokens,
 )
 from vssm.layers.ssm import ssm_parameters
-from vssm.models.base import Isotropic, adapted, linear_head
+from vssm.models.base import Isotropic, linear_head
 
 EPS = 1e-5
 torch.fx.wrap("positions")
@@ -197,12 +195,6 @@ class LocalVim(Isotropic):
         check_grid(grid, self.grid, self.patch_embed.patch_size)
         return insert_class_tokens(x, self.cls_token.expand(x.shape[0], -1, -1), "middle") + self.pos_embed, grid
 
-    def patches(self, x: Tensor) -> Tensor:
-        return split_class_tokens(x, self.class_token)[0]
-
-    def class_tokens(self, x: Tensor) -> Tensor:
-        return split_class_tokens(x, self.class_token)[1]
-
     def pool(self, x: Tensor) -> Tensor:
         if self.global_pool == "token":
             return self.class_tokens(x)[:, 0]
@@ -221,19 +213,6 @@ class LocalVim(Isotropic):
         self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         if self.rope is not None:
             self.rope.set_grid(self.grid)
-
-    def adapt_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict whose position table has this model's size, resized from that of square images.
-
-        Raises:
-            ValueError: If the table is not that of square images.
-        """
-        return adapted(state, "pos_embed", self._resized)
-
-    def _resized(self, table: Tensor) -> Tensor:
-        if table.shape == self.pos_embed.shape:
-            return table
-        return resize_square("LocalVim.adapt_state", table, self.grid, self.class_token)
 
     def no_weight_decay(self) -> set[str]:
         """Biases and norms aside (timm knows them). As published: A_log is decayed."""

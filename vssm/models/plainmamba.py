@@ -21,9 +21,9 @@ from vssm.kernels import selective_scan
 from vssm.layers.conv import depthwise
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map, to_map, to_tokens
-from vssm.layers.position import positions, resize_square
+from vssm.layers.position import positions
 from vssm.layers.ssm import SelectiveSSM, decay, ssm_parameters
-from vssm.models.base import Isotropic, adapted, linear_head
+from vssm.models.base import Isotropic, linear_head
 from vssm.models.keys import Rule, drop, rename, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights
 from vssm.scans import scan_shape, scan_table, to_sequences, visits_once
@@ -219,12 +219,6 @@ class PlainMamba(Isotropic):
         grid = x.shape[2:]
         return to_tokens(x) + positions(self.pos_embed, self.grid, grid), grid
 
-    def patches(self, x: Tensor) -> Tensor:
-        return x
-
-    def class_tokens(self, x: Tensor) -> Tensor:
-        return x[:, :0]
-
     def pool(self, x: Tensor) -> Tensor:
         return x.mean(1) if self.global_pool == "avg" else x
 
@@ -232,19 +226,6 @@ class PlainMamba(Isotropic):
         if global_pool is not None:
             _check_pool(global_pool)
         super().reset_classifier(num_classes, global_pool)
-
-    def adapt_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict whose position table has this model's size, resized from that of square images.
-
-        Raises:
-            ValueError: If the table is not that of square images.
-        """
-        return adapted(state, "pos_embed", self._resized)
-
-    def _resized(self, table: Tensor) -> Tensor:
-        if table.shape == self.pos_embed.shape:
-            return table
-        return resize_square("PlainMamba.adapt_state", table, self.grid)
 
     def no_weight_decay(self) -> set[str]:
         """Biases and norms aside (timm knows them)."""

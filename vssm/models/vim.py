@@ -33,13 +33,12 @@ from vssm.layers.position import (
     CLASS_TOKENS,
     Rotary,
     insert_class_tokens,
-    resize_square,
     resize_tokens,
     split_class_tokens,
 )
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.backbone import pyramid, quarters
-from vssm.models.base import Isotropic, adapted, linear_head
+from vssm.models.base import Isotropic, linear_head
 from vssm.models.keys import Rule, drop, rename, reshape, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights
 
@@ -191,12 +190,6 @@ class Vim(Isotropic):
             x = x + table
         return x, grid
 
-    def patches(self, x: Tensor) -> Tensor:
-        return split_class_tokens(x, self.class_token)[0]
-
-    def class_tokens(self, x: Tensor) -> Tensor:
-        return split_class_tokens(x, self.class_token)[1]
-
     def pool(self, x: Tensor) -> Tensor:
         if self.global_pool == "token":
             tokens = self.class_tokens(x)
@@ -242,21 +235,6 @@ class Vim(Isotropic):
     def as_backbone(self, out_indices: Sequence[int] | None = None, **options: Any) -> VimBackbone:
         """The published backbone on this trunk; by default of four blocks at equal distances."""
         return VimBackbone(self, out_indices or quarters(len(self.blocks)), **options)
-
-    def adapt_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict whose position table has this model's size, resized from that of square images.
-
-        Raises:
-            ValueError: If the table is not that of square images.
-        """
-        if self.pos_embed is None:
-            return dict(state)
-        return adapted(state, "pos_embed", self._resized)
-
-    def _resized(self, table: Tensor) -> Tensor:
-        if table.shape == self.pos_embed.shape:
-            return table
-        return resize_square("Vim.adapt_state", table, self.grid, self.class_token, self.class_row)
 
     def no_weight_decay(self) -> set[str]:
         """Biases and norms aside (timm knows them). As published: A_log is decayed."""
