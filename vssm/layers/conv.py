@@ -58,12 +58,15 @@ class SequenceConv(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, table: Tensor, revisits: bool | None = None) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if self.one_set:
-            weight, bias = weight[0], None if bias is None else bias[0]
+        weight, bias = self.taps()
         y, _ = causal_conv1d(x, weight, bias, activation="silu", table=table, revisits=revisits)
         return y
+
+    def taps(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (k, d, w) and bias (k, d), without k where one set serves all rows."""
+        if not self.one_set:
+            return self.weight, self.bias
+        return self.weight[0], None if self.bias is None else self.bias[0]
 
     def extra_repr(self) -> str:
         rows, dim, size = self.weight.shape

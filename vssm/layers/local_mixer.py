@@ -84,12 +84,12 @@ class LocalMixer(ScanMixer):
         table = self.table(grid, x.device)
         if self.leaves_out:
             table = padded(table, cells)
-        u, _ = causal_conv1d(
-            x, conv.weight, conv.bias, activation="silu", table=table, write="steps", revisits=self.revisits
-        )
+        weight, bias = conv.taps()
+        u, _ = causal_conv1d(x, weight, bias, activation="silu", table=table, write="steps", revisits=self.revisits)
         dt, B, C = (u @ ssm.x_proj.mT).split(ssm.splits, -1)  # each (b, k, t, ·)
+        A_log, D, dt_bias = ssm.coefficients()
         y, _ = selective_scan(
-            u, dt @ ssm.dt_weight.mT, decay(ssm.A_log), B, C, ssm.D, None, ssm.dt_bias,
+            u, dt @ ssm.dt_weight.mT, decay(A_log), B, C, D, None, dt_bias,
             delta_softplus=True, write=targets(table, cells), revisits=self.revisits,
         )  # fmt: skip
         return y[:, :, :cells]

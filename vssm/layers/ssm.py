@@ -78,11 +78,11 @@ class SelectiveSSM(nn.Module):
         ``merge=None`` keeps the rows apart, (b, k, l, d).
         """
         delta, B, C = self.project(u, rows)
-        A, D, dt_bias = self.coefficients(rows)
+        A_log, D, dt_bias = self.coefficients(rows)
         if self.shared and not self.per_row:
             delta, B, C = delta[:, 0], B[:, 0], C[:, 0]
         y, _ = selective_scan(
-            u, delta, A, B, C, D, z, dt_bias,
+            u, delta, decay(A_log), B, C, D, z, dt_bias,
             delta_softplus=True, table=table, write=write, merge=merge, revisits=revisits,
         )  # fmt: skip
         return y
@@ -98,9 +98,11 @@ class SelectiveSSM(nn.Module):
         return torch.einsum("bklr,kdr->bkld", dt, dt_weight), B, C
 
     def coefficients(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        """A (k, d, n), D (k, d) and the bias of the step sizes (k, d), without k where one set serves all rows."""
-        A, D, dt_bias = decay(self.A_log[rows]), self.D[rows], self.dt_bias[rows]
-        return A[0] if self.one_decay else A, D[0] if self.shared else D, dt_bias[0] if self.shared else dt_bias
+        """A_log (k, d, n), D (k, d) and the bias of the step sizes (k, d), without k where one set serves all rows."""
+        A_log, D, dt_bias = self.A_log[rows], self.D[rows], self.dt_bias[rows]
+        if self.shared:
+            D, dt_bias = D[0], dt_bias[0]
+        return A_log[0] if self.one_decay else A_log, D, dt_bias
 
     def extra_repr(self) -> str:
         rows, dim, d_state = self.A_log.shape

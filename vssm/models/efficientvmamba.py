@@ -57,8 +57,9 @@ class AtrousMixer(ScanMixer):
         u = self.act(over_map(self.conv, x, grid))
         # Padding is a step as any other: it reads zeros, so B is zero there and delta its bias.
         dt, B, C = (to_sequences(u, table) @ ssm.x_proj.mT).split(ssm.splits, -1)  # each (b, k, t, ·)
+        A_log, D, dt_bias = ssm.coefficients()
         y, _ = selective_scan(
-            u, dt @ ssm.dt_weight.mT, decay(ssm.A_log), B, C, ssm.D, None, ssm.dt_bias,
+            u, dt @ ssm.dt_weight.mT, decay(A_log), B, C, D, None, dt_bias,
             delta_softplus=True, table=table, read="steps", merge="sum", revisits=self.revisits,
         )  # fmt: skip
         return over_map(self.out_norm, y, grid)

@@ -71,9 +71,11 @@ class FusedStateMixer(ScanMixer):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         u = self.act(over_map(self.conv, x, grid))
         delta, B, C = self.ssm.project(u)
+        A_log, _, dt_bias = self.ssm.coefficients()
         # With one state a channel, and one in the place of C, what the scan returns is its states.
+        delta, B, ones = (x[:, 0] if self.ssm.shared else x for x in (delta, B, torch.ones_like(C)))
         states, _ = selective_scan(
-            u, delta, decay(self.ssm.A_log), B, torch.ones_like(C), None, None, self.ssm.dt_bias,
+            u, delta, decay(A_log), B, ones, None, None, dt_bias,
             delta_softplus=True, table=self.table(grid, x.device), revisits=self.revisits,
         )  # fmt: skip
         rows = states.shape[1]
