@@ -204,6 +204,10 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         Distillation("resnot")
     with pytest.raises(ValueError, match=r"alpha must be from 0 to 1 and temperature positive, got 2 and 1.0"):
         Distillation(TEACHER, alpha=2)
+    with pytest.raises(ValueError, match=rf"know the classes of the data, 2, {TEACHER} was pretrained on 1000"):
+        Distillation(TEACHER).build(Tiny(), 2)
+    with pytest.raises(ValueError, match=r"weight must be positive and start from 0 to below 1, got 1.0 and 75"):
+        Mesa(1.0, start=75)
     with pytest.raises(ValueError, match=r"needs a model with a second classifier .* got a Tiny"):
         Classification(Tiny(), 2, distillation=Distillation(TEACHER))
     with pytest.raises(ValueError, match="distilled training needs two classifiers"):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 
@@ -47,10 +48,19 @@ class Distillation:
             )
 
     def build(self, model: nn.Module, num_classes: int) -> nn.Module:
-        """Make the teacher of ``model``: frozen, in evaluation mode, for images that are normalised for ``model``."""
+        """Make the teacher of ``model``: frozen, in evaluation mode, for images that are normalised for ``model``.
+
+        Raises:
+            ValueError: If the pretrained weights are for another number of classes.
+        """
         source: dict[str, Any] = {"pretrained": True}
         if self.checkpoint_path is not None:
             source = {"checkpoint_path": self.checkpoint_path}
+        elif ":" not in self.teacher and (known := get_pretrained_cfg(self.teacher).num_classes) != num_classes:
+            raise ValueError(
+                f"Distillation: the teacher must know the classes of the data, {num_classes}, {self.teacher} was "
+                f"pretrained on {known}; train it on them and give its checkpoint_path"
+            )
         teacher = timm.create_model(self.teacher, num_classes=num_classes, **source)
         return Teacher(teacher, getattr(model, "pretrained_cfg", {})).eval().requires_grad_(False)
 
@@ -93,6 +103,12 @@ class Mesa:
 
     weight: float
     start: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0 or not 0 <= self.start < 1:
+            raise ValueError(
+                f"Mesa: weight must be positive and start from 0 to below 1, got {self.weight} and {self.start}"
+            )
 
     def loss(self, logits: Tensor, average: Tensor) -> Tensor:
         """Return the part that joins the loss."""
