@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,6 +32,14 @@ class TestMHSUNet(Segmenter):
 def test_agrees_with_the_published_code(dtype, capsys):
     assert verify.main([str(GOLDEN / "mhs_unet_3h_isic17.json"), "--dtype", dtype]) == 0, capsys.readouterr().out
     assert ", 0 failed\n" in capsys.readouterr().out            # and nothing skipped
+
+
+def test_is_written_under_the_published_names():
+    golden = json.loads((GOLDEN / "mhs_unet_3h_isic17.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        built = published(golden["source"]["entry"], golden["source"]["kwargs"])
+    expected = {key: tuple(shape) for key, (shape, _) in golden["state_dict"].items() if key not in golden["kept"]}
+    assert published_shapes(shapes_of(built.model), built.keys) == expected
 
 
 def test_has_the_published_size():

@@ -38,5 +38,8 @@ class MixerBlock(nn.Module):
         grid = x.shape[2:]
         x = x + self.drop_path1(to_map(self.mixer(to_tokens(self.norm1(x)), grid), grid))
         if self.mlp is not None:
-            x = x + self.drop_path2(over_tokens(self.mlp, self.norm2(x)))
+            x = x + self.drop_path2(self.apply_mlp(self.norm2(x)))
         return x
+
+    def apply_mlp(self, x: Tensor) -> Tensor:
+        return over_tokens(self.mlp, x)

@@ -21,6 +21,7 @@ from vssm.layers.layout import over_map
 from vssm.layers.ssm import SelectiveSSM
 from vssm.models.keys import Rule, drop, rename
 from vssm.models.patchunet import PatchUNet, keys, run, translate
+from vssm.models.segmenter import chosen
 from vssm.models.variant import NotCovered, Published, Variant
 from vssm.scans import scan_shape, scan_table
 
@@ -111,12 +112,10 @@ class MHSUNet(PatchUNet):
             raise ValueError(f"MHSUNet: spatial_dims must be 2, its routes are those of a plane; got {spatial_dims!r}")
         scan_shape("routes", (8, 8), heads=heads)                 # are there such heads?
         scanning = partial(MultiHeadMixer, heads=heads, d_state=d_state, threshold=threshold, join=join)
-        mixers = {"scan": scanning, "conv": ConvMixer}
-        if mixer not in mixers:
-            raise ValueError(f"MHSUNet: mixer must be one of {', '.join(mixers)}, got {mixer!r}")
         super().__init__(
-            mixers[mixer], spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels,
-            depths=depths, decoder_depths=decoder_depths, dim=dim, drop_path_rate=drop_path_rate,
+            chosen("MHSUNet", "mixer", mixer, {"scan": scanning, "conv": ConvMixer}), spatial_dims=spatial_dims,
+            in_channels=in_channels, out_channels=out_channels, depths=depths, decoder_depths=decoder_depths, dim=dim,
+            drop_path_rate=drop_path_rate,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from vssm.layers.conv import ConvMixer
 from vssm.layers.mixer import ScanMixer
 from vssm.models.keys import Rule, rename
 from vssm.models.patchunet import PatchUNet, keys, run, translate
+from vssm.models.segmenter import chosen
 from vssm.models.variant import Published, Variant
 
 REPOSITORY = "JCruan519/VM-UNet"
@@ -54,11 +55,10 @@ class VMUNet(PatchUNet):
             out_norm="layer",
         )  # fmt: skip
         mixers = {"scan": scanning, "conv": partial(ConvMixer, spatial_dims=spatial_dims)}
-        if mixer not in mixers:
-            raise ValueError(f"VMUNet: mixer must be one of {', '.join(mixers)}, got {mixer!r}")
         super().__init__(
-            mixers[mixer], spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels,
-            depths=depths, decoder_depths=decoder_depths, dim=dim, drop_path_rate=drop_path_rate,
+            chosen("VMUNet", "mixer", mixer, mixers), spatial_dims=spatial_dims, in_channels=in_channels,
+            out_channels=out_channels, depths=depths, decoder_depths=decoder_depths, dim=dim,
+            drop_path_rate=drop_path_rate,
         )  # fmt: skip
 
     def encoder_entry(self, name: str) -> str | None:
