@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-ENTRIES = ("model", "state_dict", "model_state_dict", "model_ema", "state_dict_ema")   # first found is taken
+ENTRIES = (                                                     # first found is taken
+    "model", "state_dict", "model_state_dict", "network_weights", "model_ema", "state_dict_ema",
+)  # fmt: skip
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")     # prefixes of DDP, compile, mm* and Lightning
 
 
@@ -28,8 +31,16 @@ class _ConfigNode:
         return OrderedDict(*args)
 
 
+_numpy_scalar = np.float64(0).__reduce__()[0]
+
 # Classes that published files are known to pickle beside the weights; nothing of them is executed.
-STAND_INS: list[Any] = [argparse.Namespace, (_ConfigNode, "yacs.config.CfgNode")]
+STAND_INS: list[Any] = [
+    argparse.Namespace,
+    (_ConfigNode, "yacs.config.CfgNode"),
+    np.dtype,                                               # nnU-Net's files hold losses and scores as NumPy scalars
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
 
 def allow_stand_ins() -> None:
