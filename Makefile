@@ -30,11 +30,17 @@ format: $(READY)
 docs: $(READY)  ## rewrite the generated tables
 	$(RUN) tools/docs.py
 
+# mmengine asks for opencv-python, albumentations for its headless twin; both write the folder cv2, and the first one needs
+# libGL, which a machine without a screen may lack. So the headless one is put in its place.
+HEADLESS = if $(RUN) -m pip show -q opencv-python 2>/dev/null; then \
+    $(RUN) -m pip uninstall -y opencv-python && $(RUN) -m pip install --force-reinstall --no-deps opencv-python-headless; fi
+
 # pip is installed into the environment by the outer pip where Python came without ensurepip (Debian).
 $(READY): pyproject.toml setup.py
 	@test -n "$(PYTHON)" || { echo "make: vssm needs Python 3.10 or newer with the module venv; install one, or name it: make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(RUN) install pip; }
 	$(RUN) -m pip install $(TORCH) -e ".[$(EXTRAS)]"
+	@$(HEADLESS)
 	touch $@
 
 clean:

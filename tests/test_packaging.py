@@ -108,7 +108,7 @@ def test_installing_changes_neither_torch_nor_torchvision(versions, wheel, tmp_p
 
 def test_extras(metadata):
     """The extras that README names."""
-    extras = {"train", "medical", "images", "mmseg", "cpu", "export", "demo", "dev"}
+    extras = {"train", "medical", "bundle", "images", "nnunet", "mmseg", "cpu", "export", "demo", "brain", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras
 
 

@@ -202,41 +202,52 @@ def _joined(inner: State, rest: State) -> State:
     return {PREFIX + key: value for key, value in inner.items()} | rest
 
 
-def _variant(backbone: str, path: str | None = None, miou: str = "", **kwargs: Any) -> Variant:
-    weights = {}
-    if path:
-        repository = "https://github.com/MzeroMiko/VMamba"
-        file = path.replace("UPERNET", "upernet_4xb4-160k_ade20k-512x512").replace(
-            "UPERVSSM", "upernet_vssm_4xb4-160k_ade20k-512x512"
-        )
-        weights["ade20k"] = Weights(
-            "mit", repository, "arXiv:2401.10166", url=f"{repository}/releases/download/{file}.pth", key="state_dict",
-            num_classes=ADE20K_CLASSES, input_size=(3, 512, 512),
-            notes=f"ADE20K validation mIoU as published: {miou} (one scale / several)",
-        )  # fmt: skip
+HEADS = ("decode_head.conv_seg", "auxiliary_head.conv_seg")
+
+
+def _variant(backbone: str, weights: Weights, first_conv: str = "conv1") -> Variant:
     return Variant(
-        f"upernet_{backbone}", UPerNet, {"backbone": backbone, **kwargs}, [BackboneKeys(backbone)], weights,
-        first_conv="backbone.stem.conv1", classifier=("decode_head.conv_seg", "auxiliary_head.conv_seg"),
-        task="segmentation", description="" if path else "no published weights",
+        f"upernet_{backbone}", UPerNet, {"backbone": backbone}, [BackboneKeys(backbone)], {"ade20k": weights},
+        first_conv=f"backbone.stem.{first_conv}", classifier=HEADS, task="segmentation",
     )  # fmt: skip
 
 
+def _ade20k(licence: str, repository: str, paper: str, miou: str, **place: str) -> Weights:
+    return Weights(
+        licence, f"https://github.com/{repository}", paper, key="state_dict", num_classes=ADE20K_CLASSES,
+        input_size=(3, 512, 512), notes=f"ADE20K validation mIoU as published: {miou} (one scale / several)", **place,
+    )  # fmt: skip
+
+
+def _vmamba(file: str, miou: str) -> Weights:
+    url = f"https://github.com/MzeroMiko/VMamba/releases/download/{file}.pth"
+    return _ade20k("mit", "MzeroMiko/VMamba", "arXiv:2401.10166", miou, url=url)
+
+
+def _vssd(file: str, miou: str) -> Weights:
+    place = {"hf_hub_id": "YuhengSSS/VSSD", "hf_hub_filename": f"{file}.pth"}
+    return _ade20k("unknown", "YuHengsss/VSSD", "arXiv:2407.18559", miou, **place)
+
+
+CONFIG = "4xb4-160k_ade20k-512x512"
 VARIANTS = [
-    _variant("vanilla_vmamba_tiny", "%23v0seg/vssmtiny_UPERNET_iter_160000", "47.3 / 48.3"),
-    _variant("vanilla_vmamba_small", "%23v0seg/vssmsmall_UPERNET_iter_160000", "49.5 / 50.5"),
-    _variant("vanilla_vmamba_base", "%23v0seg/vssmbase_UPERNET_iter_128000", "50.0 / 51.3"),
-    _variant("vmamba_tiny_s2l5", "%23v2seg/UPERVSSM_tiny_iter_160000", "48.3 / 48.6"),
-    _variant("vmamba_tiny", "%23v2seg/UPERVSSM_tiny_s_iter_160000", "47.9 / 48.8"),
-    _variant("vmamba_small_s2l15", "%23v2seg/UPERVSSM_small_iter_144000", "50.6 / 51.2"),
-    _variant("vmamba_base_s2l15", "%23v2seg/UPERVSSM_base_iter_160000", "51.0 / 51.6"),
+    _variant("vanilla_vmamba_tiny", _vmamba(f"%23v0seg/vssmtiny_upernet_{CONFIG}_iter_160000", "47.3 / 48.3")),
+    _variant("vanilla_vmamba_small", _vmamba(f"%23v0seg/vssmsmall_upernet_{CONFIG}_iter_160000", "49.5 / 50.5")),
+    _variant("vanilla_vmamba_base", _vmamba(f"%23v0seg/vssmbase_upernet_{CONFIG}_iter_128000", "50.0 / 51.3")),
+    _variant("vmamba_tiny_s2l5", _vmamba(f"%23v2seg/upernet_vssm_{CONFIG}_tiny_iter_160000", "48.3 / 48.6")),
+    _variant("vmamba_tiny", _vmamba(f"%23v2seg/upernet_vssm_{CONFIG}_tiny_s_iter_160000", "47.9 / 48.8")),
+    _variant("vmamba_small_s2l15", _vmamba(f"%23v2seg/upernet_vssm_{CONFIG}_small_iter_144000", "50.6 / 51.2")),
+    _variant("vmamba_base_s2l15", _vmamba(f"%23v2seg/upernet_vssm_{CONFIG}_base_iter_160000", "51.0 / 51.6")),
+    _variant("vssd_micro", _vssd(f"upernet_vssd_final_{CONFIG}_micro", "45.6 / 46.0"), "conv1.conv"),
+    _variant("vssd_tiny", _vssd(f"upernet_vssd_{CONFIG}_tiny", "47.9 / 48.7"), "conv1.conv"),
     Variant(
-        "upernet", UPerNet, {}, [], classifier=("decode_head.conv_seg", "auxiliary_head.conv_seg"), task="segmentation",
+        "upernet", UPerNet, {}, [], classifier=HEADS, task="segmentation", first_conv="backbone.stem.conv1",
         description="not published: on any backbone, backbone=NAME",
     ),
     Variant(
         "test_upernet", UPerNet, {"backbone": "test_vmamba", "channels": 8, "auxiliary_channels": 4},
-        [BackboneKeys("test_vmamba")], first_conv="backbone.stem.conv1",
-        classifier=("decode_head.conv_seg", "auxiliary_head.conv_seg"), task="segmentation", description="for tests",
+        [BackboneKeys("test_vmamba")], first_conv="backbone.stem.conv1", classifier=HEADS, task="segmentation",
+        description="for tests",
     ),
 ]  # fmt: skip
 
