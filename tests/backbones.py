@@ -29,6 +29,7 @@ class Backbone:
     decayed = frozenset({"A_log", "dt_bias"})                   # parameters of the SSM that the published recipe decays
     head_ratio = 1                                              # channels before the classifier over those of the map
     undecayed: tuple[str, ...] = ()                             # what else is not decayed, beside norms and biases
+    refused_orders: tuple[str, ...] = ()                        # orders whose rows the mixers cannot choose from
 
     def build(self, **kwargs: Any) -> nn.Module:
         return timm.create_model(self.name, **{"num_classes": 5, **kwargs})
@@ -113,7 +114,11 @@ class Backbone:
 
     @pytest.mark.parametrize("scan", list_scans(2))
     def test_every_order_trains(self, scan):
-        """One step in the direction of the gradient lowers the loss."""
+        """One step in the direction of the gradient lowers the loss; or the model says that it needs other rows."""
+        if scan in self.refused_orders:
+            with pytest.raises(ValueError, match=f"'{scan}' follow the grid; choose another"):
+                self.build(scan=scan)
+            return
         model, x, target = self.build(scan=scan), self.images(), torch.tensor([1, 3])
         losses = []
         for _ in range(2):

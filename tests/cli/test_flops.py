@@ -61,7 +61,11 @@ def test_agrees_with_every_published_figure_that_counts_the_scan_the_same_way(na
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_is_counted_without_memory(name):
-    assert flops_of(name).total > 0
+    if find(name).task == "pretraining":                            # the mask says how much is computed
+        with pytest.raises(ValueError, match=f"what {name} computes depends on the values of its input"):
+            flops_of(name)
+    else:
+        assert flops_of(name).total > 0
 
 
 def test_costs_grow_with_the_image_and_the_batch():

@@ -22,6 +22,7 @@ TINY = next(v for v in VARIANTS if v.name == "test_groupmamba")
 
 class TestGroupMamba(Backbone):
     name = "test_groupmamba"
+    refused_orders = ("slices",)
     undecayed = ("skip_scale",)
 
 

@@ -21,6 +21,7 @@ ROWS = {variant.name: variant for variant in VARIANTS}
 
 class TestFirstGeneration(Backbone):
     name = "test_msvmamba"
+    refused_orders = ("slices",)
 
     def cells(self, reduction):
         """The stem drops what is left of a patch; later stages pad."""
@@ -29,6 +30,7 @@ class TestFirstGeneration(Backbone):
 
 class TestThirdGeneration(Backbone):
     name = "test_msvmambav3"
+    refused_orders = ("slices",)
 
 
 SLOW = pytest.param("msvmambav3_tiny_backbone", marks=pytest.mark.slow)

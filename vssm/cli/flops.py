@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -93,6 +93,9 @@ def count(model: nn.Module, *inputs: Tensor, backward: bool = False) -> Flops:
 def flops_of(name: str, size: Sequence[int] | None = None, *, batch: int = 1, backward: bool = False) -> Flops:
     """Count one call of a model of the zoo on images (or volumes) of ``size``, by default its own.
 
+    Raises:
+        ValueError: If there is no such model, it does not take this size, or its cost depends on more than the size.
+
     >>> round(flops_of("vmamba_tiny").as_papers_count / 1e9, 2)        # published: 4.9
     4.88
     """
@@ -101,8 +104,11 @@ def flops_of(name: str, size: Sequence[int] | None = None, *, batch: int = 1, ba
     fits = {"img_size": shape[2:]} if row.fixed_input_size and size is not None else {}
     with torch.device("meta"):
         model = row.build(**fits).train(backward)
-    with FakeTensorMode(allow_non_fake_inputs=True):         # as on the CPU, but nothing is stored or computed
-        return count(model.to_empty(device="cpu"), torch.empty(shape), backward=backward)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):     # as on the CPU, but nothing is stored or computed
+            return count(model.to_empty(device="cpu"), torch.empty(shape), backward=backward)
+    except DataDependentOutputException as error:
+        raise ValueError(f"flops: what {name} computes depends on the values of its input, not its size") from error
 
 
 def input_shape(row: Variant, size: Sequence[int] | None = None, batch: int = 1) -> tuple[int, ...]:

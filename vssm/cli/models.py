@@ -21,10 +21,13 @@ NOTHING = "–"
 
 
 def numbers(name: str) -> tuple[str, str]:
-    """Parameters and GFLOPs (as papers count them) of a model, for its own input size."""
+    """Parameters and GFLOPs (as papers count them) of a model, for its own input size; a dash if that is not enough."""
     from vssm.cli.flops import flops_of
 
-    return count(name), f"{flops_of(name).as_papers_count / 1e9:.2f}"
+    try:
+        return count(name), f"{flops_of(name).as_papers_count / 1e9:.2f}"
+    except ValueError:                                       # its cost depends on the values of its input
+        return count(name), NOTHING
 
 
 def count(name: str) -> str:

@@ -26,7 +26,7 @@ from vssm.models.backbone import run_classifier
 from vssm.models.base import Hierarchical, linear_head, make_stages
 from vssm.models.keys import Rule, rename, reshape, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
-from vssm.scans import scan_shape, scan_table, visits_once
+from vssm.scans import scan_rows, scan_table, visits_once
 
 REPOSITORY = "Amshaker/GroupMamba"
 GROUPS = 4
@@ -108,7 +108,9 @@ class GroupScan(nn.Module):
     def __init__(self, dim: int, scan: str, scan_options: Mapping[str, Any] | None):
         super().__init__()
         self.scan, self.scan_options, self.revisits = scan, dict(scan_options or {}), not visits_once(scan)
-        self.rows = scan_shape(scan, (8, 8), **self.scan_options)[0]
+        self.rows = scan_rows(scan, 2, **self.scan_options)
+        if self.rows is None:
+            raise ValueError(f"GroupMamba: groups read a row each, those of {scan!r} follow the grid; choose another")
         width = dim // GROUPS
         self.in_proj = GroupLinear(GROUPS, width, 2 * width)
         self.conv, self.act = GroupConv(GROUPS, width), nn.SiLU()

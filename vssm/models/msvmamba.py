@@ -29,7 +29,7 @@ from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename, reshape, split, stack
 from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
 from vssm.models.variant import NotCovered, Published, Variant, Weights
-from vssm.scans import scan_shape, scan_table, to_grid
+from vssm.scans import scan_rows, scan_table, to_grid
 
 REPOSITORY = "YuHengsss/MSVMamba"
 FULL, LOW = slice(0, 1), slice(1, 2)  # the parameters of the two sequences
@@ -82,7 +82,9 @@ class MultiScaleMixer(nn.Module):
         _check_part("norm", norm, ("sequence", "sum"))
         _check_part("resize", resize, ("bilinear", "nearest"))
         self.scan, self.scan_options = scan, dict(scan_options or {})
-        rows, _ = scan_shape(scan, (8, 8), **self.scan_options)
+        rows = scan_rows(scan, 2, **self.scan_options)
+        if rows is None:
+            raise ValueError(f"MSVMamba: scans name rows, those of {scan!r} follow the grid; choose another order")
         if not 0 <= full_row < rows:
             raise ValueError(f"MSVMamba: full_row must be one of the {rows} rows of {scan!r}, got {full_row}")
         half = (rows + 1) // 2  # the second half of an order's rows are reverses of the first: each follows its path

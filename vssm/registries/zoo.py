@@ -17,7 +17,7 @@ from torch import nn
 
 from vssm.checkpoints import load_pretrained, load_weights
 from vssm.models.variant import Variant, variants
-from vssm.scans.registry import Scan, find_scan
+from vssm.scans.registry import Scan, find_scan, scan_rows
 
 PERMISSIVE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc-by-4.0")
 TASKS = ("classification", "segmentation", "detection", "pretraining")
@@ -149,7 +149,16 @@ def _reads(row: Variant, order: Scan) -> bool:
     """Whether the model has a scan order to choose, and this one reads its grids."""
     arguments = inspect.signature(row.model).parameters
     dims = row.kwargs.get("spatial_dims", arguments["spatial_dims"].default if "spatial_dims" in arguments else 2)
-    return "scan" in arguments and dims in order.spatial_dims
+    if "scan" not in arguments or dims not in order.spatial_dims:
+        return False
+    if scan_rows(order.name, dims) is not None:
+        return True
+    try:                                                     # not every mixer can do with rows that follow the grid
+        with torch.device("meta"):
+            row.build(scan=order.name)
+    except ValueError:
+        return False
+    return True
 
 
 @cache
