@@ -28,7 +28,8 @@ class InstanceNorm(nn.Module):
         self.slope, self.eps = slope, eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if torch.compiler.is_compiling():  # which fuses this, and is not to trust the strides that it foresees
+        # A compiler fuses the formula, and is not to trust the strides that it foresees; a tracer cannot save a Function.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.plain(x, residual)
         if x.shape[2:].numel() == 1:
             raise ValueError(f"InstanceNorm: a channel of one cell has no variance; got a map {tuple(x.shape)}")
