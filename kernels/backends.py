@@ -94,7 +94,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
 
 
 def traced(x: torch.Tensor) -> bool:
-    """Whether a call must go through the custom op: a compiler, a tracer, a dispatch mode or the meta device looks on."""
+    """Whether a call goes through the custom op: a compiler, a tracer, a dispatch mode or the meta device sees it."""
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
     return watched or x.is_meta
 

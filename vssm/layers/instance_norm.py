@@ -28,7 +28,7 @@ class InstanceNorm(nn.Module):
         self.slope, self.eps = slope, eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        # A compiler fuses the formula, and is not to trust the strides that it foresees; a tracer cannot save a Function.
+        # A compiler fuses the formula, and foresees strides that may not come true; a tracer cannot save a Function.
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.plain(x, residual)
         if x.shape[2:].numel() == 1:
