@@ -212,7 +212,7 @@ def _variant(backbone: str, weights: Weights, first_conv: str = "conv1") -> Vari
     )  # fmt: skip
 
 
-def _ade20k(licence: str, repository: str, paper: str, miou: str, **place: str) -> Weights:
+def _ade20k(licence: str, repository: str, paper: str, miou: str, **place: Any) -> Weights:
     return Weights(
         licence, f"https://github.com/{repository}", paper, key="state_dict", num_classes=ADE20K_CLASSES,
         input_size=(3, 512, 512), notes=f"ADE20K validation mIoU as published: {miou} (one scale / several)", **place,
