@@ -110,6 +110,16 @@ def test_starts_as_published():
     assert model.no_weight_decay() == {name for name, _ in model.named_parameters() if name.endswith("dt_bias")}
 
 
+def test_boxes_of_large_maps_are_decoded_in_float32():
+    """In bfloat16 the cells around the 150th would share their centre."""
+    head = tiny(num_classes=1).head
+    raw = [torch.zeros(1, 65, 1, 160 // s, dtype=torch.bfloat16) for s in (1, 2, 4)]
+    with torch.autocast("cpu", torch.bfloat16):
+        boxes = head.decode(raw)
+    assert boxes.dtype == torch.float32
+    assert boxes[0, 0, :160].tolist() == [8 * (i + 0.5) for i in range(160)]
+
+
 def test_merges_phases_column_by_column():
     merge = VisionClueMerge(1, 1)
     seen = []

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def wide(maps: Sequence[Tensor]) -> list[Tensor]:
+    """The maps in float32, or in float64 if they are: bfloat16 cannot tell the cells of a large map apart."""
+    return [x if x.dtype == torch.float64 else x.float() for x in maps]
+
+
 def cell_centres(maps: Sequence[Tensor], strides: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Centres (x, y) of the cells of all maps, in cells of their own map, (A, 2), and the pixels of a cell, (A, 1).
 

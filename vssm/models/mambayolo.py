@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -24,12 +25,13 @@ from vssm.layers.mixer import ScanMixer
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.models.base import Stage
-from vssm.models.boxes import cell_centres, corners, expected_distances
+from vssm.models.boxes import cell_centres, corners, expected_distances, wide
 from vssm.models.keys import Rule, rename, reshape
 from vssm.models.mambayolo_loss import TaskAlignedLoss
 from vssm.models.variant import NotCovered, Published, Variant
 
 REPOSITORY = "HZAI-ZJNU/Mamba-YOLO"
+Make = Callable[[int], nn.Module]  # a part, for this many channels
 BINS = 16           # of the distribution over each distance, in cells
 
 
@@ -88,17 +90,16 @@ class ODSSBlock(nn.Module):
 
     Args:
         in_dim, dim: Channels.
+        mixer: Makes a scan for so many channels.
         mixers: Scans, one after the other.
         bias: Of the projection.
     """
 
-    def __init__(self, in_dim: int, dim: int, mixers: int = 1, bias: bool = False):
+    def __init__(self, in_dim: int, dim: int, mixer: Make, mixers: int = 1, bias: bool = False):
         super().__init__()
         self.project = conv(in_dim, dim, bias=bias)
         self.local, self.norm1 = LSBlock(dim), ChannelNorm(dim, eps=1e-6)
-        self.mixers = nn.ModuleList(
-            ScanMixer(dim, scan="cross", act="gelu", gate="act", out_norm="layer") for _ in range(mixers)
-        )
+        self.mixers = nn.ModuleList(mixer(dim) for _ in range(mixers))
         self.norm2, self.mlp = ChannelNorm(dim, eps=1e-6), RGBlock(dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,12 +129,13 @@ class SPPF(nn.Module):
 class PAFPN(nn.Module):
     """Maps at strides 8, 16, 32 fused with those below them, then with those above. Channels ``dims`` in and out."""
 
-    def __init__(self, dims: Sequence[int], mixers: int):
+    def __init__(self, dims: Sequence[int], mixer: Make, mixers: int):
         super().__init__()
         p3, p4, p5 = dims
-        self.top_down = nn.ModuleList([ODSSBlock(p5 + p4, p4, mixers), ODSSBlock(p4 + p3, p3, mixers)])
+        block = partial(ODSSBlock, mixer=mixer, mixers=mixers)
+        self.top_down = nn.ModuleList([block(p5 + p4, p4), block(p4 + p3, p3)])
         self.downsamples = nn.ModuleList([conv(p3, p3, 3, 2), conv(p4, p4, 3, 2)])
-        self.bottom_up = nn.ModuleList([ODSSBlock(p3 + p4, p4, mixers), ODSSBlock(p4 + p5, p5, mixers)])
+        self.bottom_up = nn.ModuleList([block(p3 + p4, p4), block(p4 + p5, p5)])
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.grad_checkpointing = False
 
@@ -174,6 +176,7 @@ class Head(nn.Module):
 
     def decode(self, raw: Sequence[Tensor]) -> Tensor:
         """(B, 4 + num_classes, cells of all maps): centre x, centre y, width and height in pixels; class scores."""
+        raw = wide(raw)
         flat = torch.cat([x.flatten(2) for x in raw], 2)
         logits, classes = flat.split((4 * BINS, flat.shape[1] - 4 * BINS), 1)
         centres, strides = cell_centres(raw, self.strides)
@@ -194,6 +197,7 @@ class MambaYOLO(nn.Module):
         dims: Channels of the stages, at strides 4, 8, 16, 32.
         depths: Blocks of the stages.
         neck_mixers: Scans in each block of the neck.
+        scan, scan_options: A registered order and its options, see ``ScanMixer``.
     """
 
     def __init__(
@@ -204,6 +208,8 @@ class MambaYOLO(nn.Module):
         dims: Sequence[int] = (32, 64, 128, 256),
         depths: Sequence[int] = (1, 1, 3, 1),
         neck_mixers: int = 1,
+        scan: str = "cross",
+        scan_options: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         if num_classes < 1:
@@ -214,13 +220,14 @@ class MambaYOLO(nn.Module):
             )
         self.num_classes = num_classes
         self.stem = nn.Sequential(conv(in_chans, dims[0] // 2, 3, 2, act=nn.GELU), conv(dims[0] // 2, dims[0], 3, 2))
+        mixer = partial(ScanMixer, scan=scan, scan_options=scan_options, act="gelu", gate="act", out_norm="layer")
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             shrink = VisionClueMerge(dims[i - 1], dim) if i else nn.Identity()
-            stages.append(Stage(shrink, [ODSSBlock(dim, dim, bias=True) for _ in range(depth)]))
+            stages.append(Stage(shrink, [ODSSBlock(dim, dim, mixer, bias=True) for _ in range(depth)]))
         self.stages = nn.Sequential(*stages)
         self.sppf = SPPF(dims[-1])
-        self.neck = PAFPN(dims[1:], neck_mixers)
+        self.neck = PAFPN(dims[1:], mixer, neck_mixers)
         self.head = Head(dims[1:], (8, 16, 32), num_classes)
         self.apply(_published_init)
 

@@ -127,7 +127,6 @@ class MambaYOLODetector(nn.Module):
 
     def found(self, decoded: Tensor, placement: Placement) -> dict[str, Tensor]:
         """Boxes, labels and scores of one image, the best first. A box may have several classes."""
-        decoded = decoded if decoded.dtype == torch.float64 else decoded.float()
         boxes, scores = box_convert(decoded[:4].T, "cxcywh", "xyxy"), decoded[4:].T
         cell, label = (scores > self.score_thresh).nonzero(as_tuple=True)
         score = scores[cell, label]

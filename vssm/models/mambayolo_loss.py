@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vssm.models.boxes import cell_centres, complete_iou, corners, distances_to_sides, expected_distances
+from vssm.models.boxes import cell_centres, complete_iou, corners, distances_to_sides, expected_distances, wide
 
 Target = Mapping[str, Tensor]
 
@@ -90,7 +90,7 @@ class TaskAlignedLoss(nn.Module):
 
     def unpacked(self, raw: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits of boxes (B, A, 4, bins) and classes (B, A, classes); of cells centres (A, 2) and pixels (A, 1)."""
-        raw = [x if x.dtype == torch.float64 else x.float() for x in raw]
+        raw = wide(raw)
         flat = torch.cat([x.flatten(2) for x in raw], 2).mT
         boxes, classes = flat.split((4 * self.bins, flat.shape[-1] - 4 * self.bins), -1)
         return boxes.unflatten(-1, (4, self.bins)), classes, *cell_centres(raw, self.strides)

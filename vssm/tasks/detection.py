@@ -23,6 +23,7 @@ from vssm.tasks.saving import written_whole
 Shown = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]       # an image, what was found in it, what is there
 
 PICTURES = 8        # images that are drawn
+SIDE = 320          # pixels; smaller images are enlarged
 SHOWN = 0.3         # score of the boxes that are drawn, and that stand in the table of predictions
 
 
@@ -104,6 +105,10 @@ class Detection(Task):
 
     # ---- evaluation ----
 
+    def find(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Return what the detector finds, without the background, which torchvision's dense ones may name as well."""
+        return [{name: x[each["labels"] > 0] for name, x in each.items()} for each in self.model(images)]
+
     def on_validation_epoch_start(self) -> None:
         self.pictures = []
 
@@ -125,7 +130,7 @@ class Detection(Task):
     def _evaluate(self, batch: dict[str, Any] | None, precision: Precision) -> None:
         if batch is None:  # none of its images could be read
             return
-        found = self.model(batch["image"])
+        found = self.find(batch["image"])
         precision.update(found, batch["target"])
         for each in zip(batch["image"], found, batch["target"]):
             if len(self.pictures) < PICTURES:
@@ -142,7 +147,7 @@ class Detection(Task):
 
     def predict_step(self, batch: dict[str, Any] | None, batch_idx: int) -> dict[str, Any] | None:
         """Return what is found in each image."""
-        return None if batch is None else {"index": batch["index"], "found": self.model(batch["image"])}
+        return None if batch is None else {"index": batch["index"], "found": self.find(batch["image"])}
 
     def prediction_rows(self, outputs: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
         """Return class, score and box of every object."""
@@ -219,13 +224,15 @@ def draw_scenes(file: Path, scenes: list[Shown], names: list[str]) -> None:
     """Draw images (C, H, W) with found and true objects, four in a row."""
     drawn = []
     for image, found, target in scenes:
+        scale = max(1, SIDE // max(image.shape[1:]))
         pixels = to_dtype(image, torch.uint8, scale=True).expand(3, -1, -1)
+        pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         sure = found["scores"] >= SHOWN
         pairs = zip(found["labels"][sure].tolist(), found["scores"][sure].tolist(), strict=True)
         labels = [f"{names[number - 1]} {score:.2f}" for number, score in pairs]
-        pixels = draw_bounding_boxes(pixels, target["boxes"], colors="red") if len(target["boxes"]) else pixels
+        pixels = draw_bounding_boxes(pixels, target["boxes"] * scale, colors="red") if len(target["boxes"]) else pixels
         if sure.any():
-            pixels = draw_bounding_boxes(pixels, found["boxes"][sure], labels, colors="lime")
+            pixels = draw_bounding_boxes(pixels, found["boxes"][sure] * scale, labels, colors="lime")
         drawn.append(pixels)
     height, width = (max(pixels.shape[i] for pixels in drawn) for i in (1, 2))
     padded = [nn.functional.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in drawn]
