@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.layers import DropPath, get_notrace_functions, get_notrace_modules
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from tolerance import TOLERANCE, error
@@ -44,6 +44,14 @@ class Backbone:
             loss = torch.nn.functional.cross_entropy(model(self.images(8, channels)), torch.arange(8) % 5)
             loss.backward()
             assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+    def test_drop_path_rises_from_block_to_block(self):
+        """As published: from 0 in a straight line, one rate for all branches of a block."""
+        model = self.build(drop_path_rate=0.3)
+        blocks = model.blocks if self.isotropic else [block for stage in model.stages for block in stage.blocks]
+        rates = [{m.drop_prob for m in block.modules() if isinstance(m, DropPath)} or {0.0} for block in blocks]
+        assert all(len(rate) == 1 for rate in rates)
+        assert [rate.pop() for rate in rates] == pytest.approx(torch.linspace(0, 0.3, len(blocks)).tolist())
 
     def test_has_the_parts_of_a_timm_model(self):
         model, x = self.build().eval(), self.images()
