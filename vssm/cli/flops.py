@@ -19,7 +19,7 @@ from vssm.cli._tables import text_table
 from vssm.models.variant import Variant
 from vssm.registries.zoo import find
 
-__all__ = ["PUBLISHED", "Flops", "count", "flops_of", "input_shape", "main"]
+__all__ = ["PUBLISHED", "Flops", "Uncounted", "count", "flops_of", "input_shape", "input_size", "main"]
 
 SCANS = ("vssm.selective_scan", "vssm.scan2d")  # ops that papers do not count by multiply-adds
 SIDES = {"classification": 224, "detection": 640, "segmentation": 256, "pretraining": 96}
@@ -41,6 +41,10 @@ PUBLISHED = {
     "msvmambav3_tiny": 5.0, "msvmambav3_small": 8.8, "msvmambav3_base": 16.3,
     "vssd_micro": 2.3, "vssd_tiny": 4.5, "vssd_small": 7.4, "vssd_base": 16.1,
 }  # fmt: skip
+
+
+class Uncounted(ValueError):
+    """What a model computes does not follow from the size of its input."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def flops_of(name: str, size: Sequence[int] | None = None, *, batch: int = 1, ba
     """Count one call of a model of the zoo on images (or volumes) of ``size``, by default its own.
 
     Raises:
-        ValueError: If there is no such model, it does not take this size, or its cost depends on more than the size.
+        Uncounted: If its cost depends on more than the size of its input.
+        ValueError: If there is no such model, or it does not take this size.
 
     >>> round(flops_of("vmamba_tiny").as_papers_count / 1e9, 2)        # published: 4.9
     4.88
@@ -108,11 +113,11 @@ def flops_of(name: str, size: Sequence[int] | None = None, *, batch: int = 1, ba
         with FakeTensorMode(allow_non_fake_inputs=True):     # as on the CPU, but nothing is stored or computed
             return count(model.to_empty(device="cpu"), torch.empty(shape), backward=backward)
     except DataDependentOutputException as error:
-        raise ValueError(f"flops: what {name} computes depends on the values of its input, not its size") from error
+        raise Uncounted(f"flops: what {name} computes depends on the values of its input, not its size") from error
 
 
 def input_shape(row: Variant, size: Sequence[int] | None = None, batch: int = 1) -> tuple[int, ...]:
-    """(batch, channels, *size) of a model's input; ``size`` may be one side for all.
+    """(batch, channels, *size) of a model's input, (batch, frames, channels, *size) of clips; ``size`` may be one side.
 
     Without ``size`` it is what the published weights take, or what is usual for the task.
 
@@ -121,14 +126,22 @@ def input_shape(row: Variant, size: Sequence[int] | None = None, batch: int = 1)
     """
     dims = _argument(row, "spatial_dims", 2)
     channels = _argument(row, "in_channels", _argument(row, "in_chans", 3))
+    frames = getattr(row.model, "frames", None)
+    lead = (batch, channels) if frames is None else (batch, frames, channels)
     if size is None and row.weights:
-        return (batch, channels, *next(iter(row.weights.values())).input_size[1:])
+        return (*lead, *next(iter(row.weights.values())).input_size[1:])
     if size is None:
         size = [_argument(row, "img_size", SIDES[row.task] if dims == 2 else SIDE_3D)]
         size = size[0] if isinstance(size[0], tuple | list) else size
     if len(size) not in (1, dims) or min(size) < 1:
         raise ValueError(f"flops: {row.name} takes {dims} sizes from 1, or one for all sides, got {list(size)}")
-    return (batch, channels, *(size if len(size) == dims else list(size) * dims))
+    return (*lead, *(size if len(size) == dims else list(size) * dims))
+
+
+def input_size(row: Variant) -> tuple[int, ...]:
+    """Sizes of a model's own input: (H, W), (D, H, W), or (T, H, W) of a clip."""
+    shape, dims = input_shape(row), _argument(row, "spatial_dims", 2)
+    return (*shape[1 : len(shape) - dims - 1], *shape[-dims:])
 
 
 def _argument(row: Variant, name: str, default: Any) -> Any:

@@ -22,11 +22,11 @@ NOTHING = "–"
 
 def numbers(name: str) -> tuple[str, str]:
     """Parameters and GFLOPs (as papers count them) of a model, for its own input size; a dash if that is not enough."""
-    from vssm.cli.flops import flops_of
+    from vssm.cli.flops import Uncounted, flops_of
 
     try:
         return count(name), f"{flops_of(name).as_papers_count / 1e9:.2f}"
-    except ValueError:                                       # its cost depends on the values of its input
+    except Uncounted:
         return count(name), NOTHING
 
 
@@ -40,11 +40,11 @@ def row(name: str, known: tuple[str, str] | None = None) -> tuple[str, ...]:
 
     ``known`` are the model's ``numbers`` if somebody has counted them; without them GFLOPs are not counted.
     """
-    from vssm.cli.flops import input_shape
+    from vssm.cli.flops import input_size
 
     variant, family = find(name), family_of(name)
     counted, gflops = known or (count(name), NOTHING)
-    size = "×".join(map(str, input_shape(variant)[2:]))
+    size = "×".join(map(str, input_size(variant)))
     paper = re.search(r"arXiv:\d{4}\.\d{4,5}", family.__doc__)
     origin = paper[0] if paper else NOTHING
     if not variant.weights:

@@ -155,6 +155,8 @@ class Vivim(Segmenter):
         drop_path_rate: Stochastic depth of the layers that see a frame, rising from 0.
     """
 
+    frames = 5  # of a clip, as published
+
     def __init__(
         self,
         spatial_dims: int = 2,
