@@ -45,6 +45,16 @@ def test_checkpointing_changes_nothing(name):
     assert error(model(x), expected) < 1e-5
 
 
+def test_synchronised_batch_norms_change_nothing():
+    """The recipes convert them; whatever is fused with a batch norm would be lost there."""
+    model = create_model("test_upernet").eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in converted.modules())
+    assert torch.equal(converted(x), expected)
+
+
 def test_a_classifier_given_as_a_module_keeps_its_weights():
     classifier = create_model("test_vmamba", in_chans=1)
     weight = classifier.stem.conv1.weight

@@ -8,13 +8,13 @@ checkpoints load; the backbone may be any classifier of the zoo.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 from vssm.models.backbone import as_backbone
@@ -26,8 +26,9 @@ ADE20K_CLASSES = 150
 
 
 def _conv(dim: int, out: int, size: int) -> nn.Module:
-    """Convolution without bias, batch norm, ReLU."""
-    return ConvNormAct(dim, out, size)
+    """Convolution without bias, batch norm, ReLU: three modules, so that ``convert_sync_batchnorm`` leaves the ReLU."""
+    conv = nn.Conv2d(dim, out, size, padding=size // 2, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out), act=nn.ReLU()))
 
 
 class PoolingPyramid(nn.ModuleList):
