@@ -83,6 +83,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
         if reason is not None:
             raise ValueError(f"{op}: backend {asked!r} cannot run: {reason}")
         return asked
+    return _fastest(op, device, dtype)
+
+
+@cache
+def _fastest(op: str, device: torch.device, dtype: torch.dtype) -> str:
     preferred = PREFERRED.get(device.type, ("torch",))
     reasons = {name: why_not(op, name, device, dtype) for name in preferred}
     usable = next((name for name in preferred if reasons[name] is None), None)

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vssm.kernels.triton_shared import clear, invert, sum_visits
+from vssm.kernels.triton_replay import empty, note
+from vssm.kernels.triton_shared import clear, invert, sum_parameters, sum_visits
 
 log = logging.getLogger(__name__)
 
 LARGE = 2**23  # elements of an output: from here on, finding the cells to zero is cheaper than zeroing it all
-MOST = 4096  # remembered launchers: one for each kernel, kind of arguments and number of programs
+MOST = 4096  # remembered kernels: one for each kind of arguments
+TABLES = 64  # tables whose inverse is remembered
 
-_launchers: dict[tuple[Any, ...], Any] = {}
+_compiled: dict[tuple[Any, ...], Any] = {}
 _announced = False
 
 
@@ -40,23 +43,37 @@ def launch(
 
     ``registers`` bounds what a thread may take on NVIDIA GPUs, so that more programs are resident to hide latency.
     """
-    tensors = tuple([None if x is None else (x.dtype, x.data_ptr() & 15) for x in args if type(x) is not int])
-    wide = max([x for x in args if type(x) is int]) >= 2**31  # passed as 64 bits: another kernel
-    # The kernel by its id: to hash it, Triton looks at its source.
-    key = (id(kernel), programs, warps, registers, wide, args[0].device, tensors, *constants.values())
-    launcher = _launchers.get(key)
-    if launcher is not None and not wide:
-        launcher(*args, *constants.values())
+    # The kernel by its id: to hash it, Triton looks at its source. Tensors are passed as addresses: Triton would ask
+    # the driver about each of them.
+    key: list[Any] = [id(kernel), warps, registers, args[0].device, *constants.values()]
+    plain: list[Any] = []
+    wide = False
+    for x in args:
+        if type(x) is int:
+            wide |= x >= 2**31  # passed as 64 bits: another kernel
+        elif x is None:
+            key.append(None)
+        else:
+            key.append(x.dtype)
+            x = x.data_ptr()
+            key.append(x & 15)
+        plain.append(x)
+    known = tuple(key)
+    compiled = None if wide else _compiled.get(known)
+    if compiled is not None:
+        note(compiled, programs, (*args, *constants.values()))
+        compiled[programs, 1, 1](*plain, *constants.values())
         return
     assert list(constants) == kernel.arg_names[len(args) :], f"{kernel}: constants out of order"
     start = time.perf_counter()
     options = {} if registers is None or torch.version.cuda is None else {"maxnreg": registers}
     compiled = kernel[(programs,)](*args, **constants, num_warps=warps, **options)
     _announce(time.perf_counter() - start)
-    if compiled is not None:  # None from Triton's interpreter
-        if len(_launchers) >= MOST:
-            _launchers.clear()
-        _launchers[key] = compiled[(programs, 1, 1)]
+    note(None if wide else compiled, programs, (*args, *constants.values()))
+    if compiled is not None and not wide:  # None from Triton's interpreter
+        if len(_compiled) >= MOST:
+            _compiled.clear()
+        _compiled[known] = compiled
 
 
 def _announce(seconds: float) -> None:
@@ -118,28 +135,56 @@ def same(x: Tensor | None, y: Tensor | None) -> bool:
     return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride())
 
 
-Visits = tuple["Tensor | None", "Tensor | None"]
+class Visits(NamedTuple):
+    """Which steps visit each cell, as ``sum_visits`` takes it."""
+
+    visit: Tensor | None  # the step that visits each cell, or, with ``first``, all steps ordered by cell
+    first: Tensor | None
+    complete: bool  # every row is known to visit every cell
+
+
+_inverses: OrderedDict[tuple[Any, ...], tuple[Tensor, int, Visits]] = OrderedDict()
 
 
 def visits(index: Tensor | None, cells: int, revisits: bool) -> Visits:
-    """Which steps visit each cell, as ``sum_visits`` takes it: (visit, first)."""
+    """The inverse of a table; remembered, with its table, if that is shared by the samples."""
     if index is None:
-        return None, None
+        return Visits(None, None, True)
+    if index.dim() == 3 or index.is_inference() or index.device.type == "cpu":
+        return _inverse(index, cells, revisits)
+    key = (index.data_ptr(), index.shape, index.stride(), index.device, cells, revisits)
+    found = _inverses.get(key)  # its address is not another's as long as the table is kept
+    if found is not None and found[1] == index._version:
+        return found[2]
+    inverse = _inverse(index, cells, revisits)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return inverse  # it lives in the graph's memory
+    if inverse.first is None:  # waits for the device, as other streams may use what is remembered
+        inverse = inverse._replace(complete=bool((inverse.visit >= 0).all()))
+    else:
+        inverse.first[..., :1].tolist()
+    _inverses[key] = index, index._version, inverse
+    if len(_inverses) > TABLES:
+        _inverses.popitem(last=False)
+    return inverse
+
+
+def _inverse(index: Tensor, cells: int, revisits: bool) -> Visits:
     if not revisits:
         visit = torch.full((*index.shape[:-1], cells), -1, dtype=torch.int32, device=index.device)
         flat = index.reshape(-1, index.shape[-1])
         blocks = flat.shape[0] * cdiv(flat.shape[1], 1024)
         launch(invert, blocks, (flat, visit, flat.shape[1], cells, flat.stride(0)), {"BLOCK": 1024}, 4)
-        return visit, None
+        return Visits(visit, None, False)
     padded = torch.where((index < 0) | (index > cells), cells, index)
     by_cell, visit = torch.sort(padded, dim=-1, stable=True)
     edges = torch.arange(cells + 1, dtype=index.dtype, device=index.device).expand(*index.shape[:-1], -1).contiguous()
-    return visit.to(torch.int32), torch.searchsorted(by_cell, edges, out_int32=True)
+    return Visits(visit.to(torch.int32), torch.searchsorted(by_cell, edges, out_int32=True), False)
 
 
 def clear_unvisited(out: Tensor, found: Visits) -> None:
     """Zero the cells of out, (b, k, cells, columns) or (b, cells, columns), that no step visits."""
-    visit, _ = found
+    visit = found.visit
     assert visit is not None
     cells, columns = out.shape[-2:]
     k = out.shape[1] if out.dim() == 4 else 1
@@ -166,7 +211,7 @@ def sum_by_cell(
     given. Columns that ``out`` has no room for go to ``out_2``.
     """
     b, k, t, *blocks, columns = parts.shape
-    visit, first = found
+    visit, first, _ = found
     merge, cells = out.dim() == 3, out.shape[-2]
     parts_of_a_step = blocks[0] if blocks else 1
     divisor = columns & -columns
@@ -182,6 +227,16 @@ def sum_by_cell(
          t, parts_of_a_step, columns // unit, cells, out.shape[-1]),
         dict(K=k, MERGE=merge, UNIT=unit, BLOCK_C=block_c, BLOCK_J=block_j, BLOCK_E=block_e), 4,
     )  # fmt: skip
+
+
+def parameter_grads(parts: Tensor, parameters: tuple[Tensor, Tensor | None, Tensor | None]) -> list[Tensor | None]:
+    """Gradients of A (k?, d, n), D and delta_bias (k?, d), from their parts, (pieces, k, n + 2, d), in this order."""
+    pieces, k, rows, d = parts.shape
+    grads = [None if x is None else empty(x.shape, x.dtype, x.device) for x in parameters]
+    shared = [x is not None and x.dim() == dims for x, dims in zip(parameters, (2, 1, 1))]
+    launch(sum_parameters, cdiv(d, 32) * k * rows, (parts, *grads, pieces, k, d, rows - 2),
+           dict(A_SHARED=shared[0], D_SHARED=shared[1], BIAS_SHARED=shared[2], BLOCK_S=64, BLOCK_D=32), 4)  # fmt: skip
+    return grads
 
 
 def parameter_grad(summed: Tensor, x: Tensor | None, dims: int) -> Tensor | None:

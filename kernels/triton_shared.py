@@ -244,6 +244,39 @@ def sum_visits(
         tl.store(out_2 + at, total.to(out_2.dtype.element_ty), mask=inside & (e >= split)[None, :])
 
 
+@triton.jit(do_not_specialize=["pieces", "K", "d", "n"])
+def sum_parameters(
+    parts, dA, dD, dbias, pieces, K, d, n,
+    A_SHARED: tl.constexpr, D_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum parts (pieces, K, n + 2, d) over pieces, and over rows where a parameter is shared, in a fixed order.
+
+    Entries 0 to n - 1 make dA (K, d, n), entry n makes dD and entry n + 1 dbias, (K, d).
+    """
+    blocks = tl.cdiv(d, BLOCK_D)
+    pid = tl.program_id(0)
+    channel = pid % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    s = pid // blocks % (n + 2)
+    k = pid // blocks // (n + 2)
+    shared = ((s < n) & A_SHARED) | ((s == n) & D_SHARED) | ((s == n + 1) & BIAS_SHARED)
+    count = tl.where(shared, pieces * K, pieces)  # of a shared parameter pieces and rows are taken as they lie
+    if (k == 0) | (shared == 0):
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for begin in range(0, count, BLOCK_S):
+            i = begin + tl.arange(0, BLOCK_S)
+            line = tl.where(shared, i, i * K + k).to(tl.int64) * (n + 2) + s
+            inside = (i < count)[:, None] & (channel < d)[None, :]
+            total += tl.sum(tl.load(parts + (line[:, None] * d + channel[None, :]), mask=inside, other=0.0), 0)
+        at = k * d + channel
+        if s < n:
+            tl.store(dA + (at * n + s), total, mask=channel < d)
+        if dD is not None:
+            tl.store(dD + at, total, mask=(channel < d) & (s == n))
+        if dbias is not None:
+            tl.store(dbias + at, total, mask=(channel < d) & (s == n + 1))
+
+
 @triton.jit(do_not_specialize=["grad_b", "grad_k", "grad_m", "z_b", "z_m", "M", "units"])
 def ungate(
     grad, z, ungated, g, dz, grad_b, grad_k, grad_m, z_b, z_m, M, units,

@@ -35,16 +35,17 @@ WIDTH = 96  # channels of a job, at most; it depends on sizes alone, so that no 
 U, DELTA, B_, C_, Y, TABLE, READ, WRITE, A_, D_, BIAS, GU, GDELTA = range(13)
 
 
-def saved_shape(b: int, k: int, t: int, d: int, n: int) -> tuple[int, ...]:
+def saved(b: int, k: int, t: int, d: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
     """The state before each chunk, channels innermost; flat, so that exported sizes are not guarded one by one."""
-    return (b * k * ((t + CHUNK - 1) // CHUNK) * n * d,)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return (b * k * ((t + CHUNK - 1) // CHUNK) * n * d,), compute
 
 
 def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the last state, the states before each chunk, and y before its gate (the last two only to be saved)."""
     y = torch.zeros(p.y_shape, dtype=p.compute_dtype)  # merged rows are summed in place
     last_state = torch.empty(p.state_shape, dtype=p.compute_dtype)
-    states = last_state.new_empty(saved_shape(p.b, p.k, p.t, p.d, p.n) if save else 0)
+    states = last_state.new_empty(saved(p.b, p.k, p.t, p.d, p.n, p.u.dtype)[0] if save else 0)
     first = last_state.new_empty(0) if p.initial_state is None else p.initial_state.contiguous()
     call = _Call(p, y, all_rows=p.merge)
     threads.run(_forward, call.jobs, *call.arguments, *map(flat, (first, last_state, states)), work=call.work)

@@ -171,12 +171,15 @@ def _forward(p: Problem, save: bool, backend: str) -> tuple[Tensor, Tensor, Tens
 
 
 def _backward(
-    p: Problem, grad_y: Tensor, grad_last: Tensor, states: Tensor, ungated: Tensor, backend: str
+    p: Problem, grad_y: Tensor | None, grad_last: Tensor | None, states: Tensor, ungated: Tensor, backend: str
 ) -> tuple[Tensor | None, ...]:
     """Gradients of OPERANDS, each contiguous and in its operand's shape and dtype; None where there is no operand."""
     if p.u.numel() == 0:
         return tuple(None if (x := getattr(p, name)) is None else _like(x).zero_() for name in OPERANDS)
-    return implementation("selective_scan", backend).backward(p, dense(grad_y), dense(grad_last), states, ungated)
+    grad_y = p.u.new_zeros(p.y_shape) if grad_y is None else dense(grad_y)
+    if grad_last is None and backend != "triton":  # where it costs a launch
+        grad_last = p.A.new_zeros(p.state_shape)
+    return implementation("selective_scan", backend).backward(p, grad_y, dense(grad_last), states, ungated)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -191,11 +194,12 @@ class _SelectiveScan(torch.autograd.Function):
         y, last_state, states, ungated = _forward(p, True, backend)
         ctx.save_for_backward(*problem[:12], states, ungated)
         ctx.flags, ctx.backend = problem[12:], backend
+        ctx.set_materialize_grads(False)
         return y, last_state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, states, ungated = ctx.saved_tensors
         grads = _backward(Problem(*tensors, *ctx.flags), grad_y, grad_last, states, ungated, ctx.backend)
         u, delta, A, B, C, D, z, delta_bias, initial_state = grads
@@ -234,7 +238,8 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     states, ungated = empty, empty
     if save:
         # Flat: the layout of a shape with a symbol that may be 1 would be a guard.
-        states = p.A.new_empty(prod(implementation("selective_scan", backend).saved_shape(p.b, k, p.t, p.d, p.n)))
+        shape, dtype = implementation("selective_scan", backend).saved(p.b, k, p.t, p.d, p.n, p.u.dtype)
+        states = p.A.new_empty(prod(shape), dtype=dtype)
         ungated = empty if p.z is None else p.u.new_empty(p.y_shape)
     return p.u.new_empty(p.y_shape), p.A.new_empty(p.state_shape), states, ungated
 
@@ -248,7 +253,7 @@ def _backward_op(grad_y: Tensor, grad_last: Tensor, *args: Any) -> list[Tensor]:
     *problem, states, ungated, backend = args
     p = _real(problem)
     if states.numel():
-        states = states.view(implementation("selective_scan", backend).saved_shape(p.b, p.k, p.t, p.d, p.n))
+        states = states.view(implementation("selective_scan", backend).saved(p.b, p.k, p.t, p.d, p.n, p.u.dtype)[0])
     grads = _backward(p, grad_y, grad_last, states, ungated, backend)
     return [g for g in grads if g is not None]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Operands and options of one selective scan.
 
     Sizes: b batch, k rows, l cells of ``u``, r entries of the parameters, m cells of ``y``, d channels, n states,
@@ -45,6 +44,11 @@ class Problem:
         if name == "A":
             return x if x.dim() == 3 else x.unsqueeze(0).expand(self.k, -1, -1)
         return x if x.dim() == 4 else x.unsqueeze(1).expand(-1, self.k, -1, -1)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All operands and indices, in the order of the fields."""
+        return self[:12]
 
     @property
     def b(self) -> int:

@@ -8,7 +8,7 @@ recomputes the states of one block at a time from the state before it; the equat
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,10 @@ CHUNK = 32  # steps of a block, between saved states
 ROOM_ON_CPU, ROOM = 2**20, 2**25
 
 
-def saved_shape(b: int, k: int, t: int, d: int, n: int) -> tuple[int, ...]:
+def saved(b: int, k: int, t: int, d: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
     """The state before each block, channels innermost; flat, so that exported sizes are not guarded one by one."""
-    return (b * k * ((t + CHUNK - 1) // CHUNK) * n * d,)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return (b * k * ((t + CHUNK - 1) // CHUNK) * n * d,), compute
 
 
 def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,7 +63,7 @@ def _parts(p: Problem) -> Iterator[tuple[Problem, slice]]:
         at = slice(start, start + size)
         names = ["u", "delta", "B", "C", *(["initial_state"] if p.initial_state is not None else [])]
         names += [name for name in ("table", "read", "write") if (x := getattr(p, name)) is not None and x.dim() == 3]
-        yield (replace(p, **{name: getattr(p, name)[at] for name in names}) if size < p.b else p), at
+        yield (p._replace(**{name: getattr(p, name)[at] for name in names}) if size < p.b else p), at
 
 
 @dataclass

@@ -21,15 +21,14 @@ row visits a cell twice; otherwise, and wherever rows are summed, steps leave th
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vssm.kernels.selective_scan import triton_backward, triton_forward
 from vssm.kernels.selective_scan.problem import Problem
-from vssm.kernels.selective_scan.triton_backward import chunk_adjoints, gradients
-from vssm.kernels.selective_scan.triton_forward import chunk_ends, outputs, pass_states
 from vssm.kernels.triton_launch import (
     LARGE,
     Visits,
@@ -38,7 +37,7 @@ from vssm.kernels.triton_launch import (
     index_strides,
     launch,
     on,
-    parameter_grad,
+    parameter_grads,
     power_of_2,
     processors,
     same,
@@ -46,6 +45,7 @@ from vssm.kernels.triton_launch import (
     sum_by_cell,
     visits,
 )
+from vssm.kernels.triton_replay import empty, replayed
 from vssm.kernels.triton_shared import ungate
 
 
@@ -63,109 +63,195 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def plan(b: int, k: int, t: int, d: int, n: int, units: int, backward: bool) -> Plan:
-    """Tiles by the number of states; chunks so that the programs fill the device.
+def plan(b: int, k: int, t: int, d: int, n: int, half: bool, gluon: bool, units: int, backward: bool) -> Plan:
+    """Tiles by the number of states; chunks so that the programs fill the device. Measured on an H100.
 
     A thread holds 16 states where a channel has that many (more would leave too few registers for the steps in flight);
-    a warp reads 128 channels where a channel has one state, which is bound by memory. Measured on an H100, 12 warps a
+    a warp reads 128 channels where a channel has one state, which is bound by memory. In plain Triton 12 warps a
     multiprocessor with 168 registers, or 16 with 128, are faster than fewer that keep everything in registers.
     """
     block_n = power_of_2(n)
     block_d = 128 if block_n == 1 and d > 64 else 64 if block_n == 1 and d > 32 else 32
     warps = max(1, min(8, block_n // 16))
-    steps = 2 if backward else 4
-    resident = 16 if block_n == 1 else 12
-    registers = None if block_n > 16 else 128 if block_n == 1 else 168
+    every = interval(n, d, half)
+    if gluon:
+        steps, registers = (every, 128) if backward else (16 if n == 16 else 8, None)
+        resident, enough = (BACKWARD if backward else FORWARD)[n == 1]
+    else:
+        steps = 2 if backward else 4
+        resident = enough = 16 if block_n == 1 else 12
+        registers = None if block_n > 16 else 128 if block_n == 1 else 168
     rows = b * k * cdiv(d, block_d)
-    pieces = max(1, min(units * resident // warps // rows, cdiv(t, interval(n))))
-    chunk = cdiv(cdiv(t, pieces), interval(n)) * interval(n)
+    piece = max(every, steps)
+    pieces = 1 if rows * warps >= units * enough else max(1, min(units * resident // warps // rows, cdiv(t, piece)))
+    chunk = cdiv(cdiv(t, pieces), piece) * piece
     chunks = cdiv(t, chunk)
     # The scratch of the backward stays below four times b k t d, and below what is resident on the device.
-    room = 4 * b * k * t * d // (interval(n) // 2 * block_n * block_d)
+    room = 4 * b * k * t * d // (every // 2 * block_n * block_d)
     programs = max(1, min(rows * chunks, units * resident // warps, room))
     return Plan(block_n, block_d, steps, warps, registers, chunk, chunks, programs)
 
 
-def interval(n: int) -> int:
-    """Steps between the states that the forward keeps; up to 32 states they take 2 bytes a step and channel at most."""
-    return max(16, min(64, 2 * power_of_2(n)))
+# Gluon, with 16 states and with one: programs a multiprocessor that rows are cut for, and how many are enough not to
+# cut them, since chunks cost a second pass.
+FORWARD, BACKWARD = ((16, 5), (16, 5)), ((16, 12), (12, 5))
 
 
-def saved_shape(b: int, k: int, t: int, d: int, n: int) -> tuple[int, ...]:
-    """Shape of the states that the backward starts its intervals from."""
-    return b, k, (t + interval(n) - 1) // interval(n), n, d
+def interval(n: int, d: int, half: bool) -> int:
+    """Steps between the states that the forward keeps; up to 32 states they take 4 bytes a step and channel at most."""
+    return 8 if compact(n, d, half) else max(16, min(64, 2 * power_of_2(n)))
+
+
+def compact(n: int, d: int, half: bool) -> bool:
+    """Whether states are kept as the kernels in Gluon want them, in 16 bits; those kernels may still not fit."""
+    return half and n in (1, 16) and d % 8 == 0
+
+
+def saved(b: int, k: int, t: int, d: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the states that the backward starts its intervals from; ``dtype`` is that of u."""
+    half = dtype != torch.float32
+    every = interval(n, d, half)
+    return (b, k, (t + every - 1) // every, n, d), torch.bfloat16 if compact(n, d, half) else torch.float32
+
+
+class Kernels(NamedTuple):
+    """The four kernels of the recurrence, in plain Triton or in Gluon."""
+
+    chunk_ends: Any
+    outputs: Any
+    chunk_adjoints: Any
+    gradients: Any
+
+
+PLAIN = Kernels(
+    triton_forward.chunk_ends, triton_forward.outputs, triton_backward.chunk_adjoints, triton_backward.gradients
+)
+use_gluon = True  # tests turn it off
+
+
+@cache
+def _gluon(device: torch.device) -> Kernels | None:
+    """The kernels in Gluon, or None if this Triton or this GPU cannot have them."""
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from vssm.kernels.selective_scan import gluon_backward, gluon_forward
+    except ImportError:
+        return None
+    return Kernels(
+        gluon_forward.chunk_ends, gluon_forward.outputs, gluon_backward.chunk_adjoints, gluon_backward.gradients
+    )
+
+
+def fitting(p: Problem) -> Kernels:
+    """Those in Gluon for 16-bit inputs, 1 or 16 states and whole vectors of 16 bytes; else the plain ones."""
+    if not use_gluon or not compact(p.n, p.d, _half(p)):
+        return PLAIN
+    if not all(aligned(x) for x in (p.u, p.delta, p.z) if x is not None):
+        return PLAIN
+    return _gluon(p.u.device) or PLAIN
+
+
+def aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
 
 
 def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, last state, and with ``save`` every ``interval``-th state and y before the gate."""
+    with on(p.u.device):
+        found = visits(p.write, p.m, p.revisits)
+        options = (forward, save, found.complete, use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits)
+        y, last, states, ungated = replayed(lambda: _forward(p, save, found), (*p.tensors, *found[:2]), options)
+    return y, last, states, ungated
+
+
+def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor]:
     b, k, l, r, m, t, d, n = p.b, p.k, p.l, p.r, p.m, p.t, p.d, p.n
-    how = plan(b, k, t, d, n, processors(p.u.device), False)
+    kernels = fitting(p)
+    how = plan(b, k, t, d, n, _half(p), kernels is not PLAIN, processors(p.u.device), False)
     tile = _tile(how, p, p.z)
-    new, programs = p.A.new_empty, cdiv(d, how.block_d) * k * how.chunks * b
+    new = partial(empty, dtype=torch.float32, device=p.u.device)
+    programs = cdiv(d, how.block_d) * k * how.chunks * b
 
     direct = (not p.merge or k == 1) and (p.write is None or not p.revisits)
     keep = save and p.z is not None
     # Cells that no step visits are zero: in large outputs they are looked for, small ones are zeroed before.
-    visited = p.write is None or not direct
+    visited = found.complete or not direct
     search = not visited and b * k * m * d >= LARGE
-    make = p.u.new_empty if visited or search else p.u.new_zeros
+    make = partial(empty, dtype=p.u.dtype, device=p.u.device, zero=not (visited or search))
     y = make(p.y_shape if direct else (b, k, t, d))
     ungated = make(p.y_shape) if keep and direct else None
-    states = new(saved_shape(b, k, t, d, n)) if save else None
+    shape, dtype = saved(b, k, t, d, n, p.u.dtype)
+    states = new(shape, dtype=dtype) if save else None
     last = new((b, k, d, n))
     write, z = (p.write, p.z) if direct else (None, None)
     read_table, write_table = same(p.read, p.table) and r == l, same(write, p.table) and (write is None or m == l)
     A, D, bias = _parameters(p)
     z_b, _, z_m = strides(z)
 
-    with on(p.u.device):
-        initial = p.initial_state
-        if how.chunks > 1:
-            ends, totals, starts = (
-                new((b, k, how.chunks, n, d)),
-                new((b, k, how.chunks, d)),
-                new((b, k, how.chunks, n, d)),
-            )
-            launch(
-                chunk_ends, programs,
-                (p.u, p.delta, p.A, p.B, p.delta_bias, p.table, p.read, ends, totals,
-                 *strides(p.u), *strides(p.delta), *strides(p.B), *A, bias,
-                 *index_strides(p.table), *index_strides(p.read), k, l, r, t, d, n, how.chunk, how.chunks),
-                dict(SOFTPLUS=p.delta_softplus, READ_TABLE=read_table) | tile, how.warps, how.registers,
-            )  # fmt: skip
-            _pass_states(ends, totals, p, initial, starts, False)
-            initial = starts
+    initial = p.initial_state
+    if how.chunks > 1:
+        ends, totals, starts = (
+            new((b, k, how.chunks, n, d)),
+            new((b, k, how.chunks, d)),
+            new((b, k, how.chunks, n, d)),
+        )
         launch(
-            outputs, programs,
-            (p.u, p.delta, p.A, p.B, p.C, p.D, z, p.delta_bias, p.table, p.read, write, initial,
-             y, ungated, last, states,
-             *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), z_b, z_m, *A, D, bias,
-             *index_strides(p.table), *index_strides(p.read), *index_strides(write), *strides(p.initial_state),
-             k, l, r, m if direct else t, t, d, n, how.chunk, how.chunks, interval(n)),
-            dict(CHUNKED=how.chunks > 1, SOFTPLUS=p.delta_softplus, READ_TABLE=read_table,
-                 WRITE_TABLE=write_table) | tile,
-            how.warps, how.registers,
+            kernels.chunk_ends, programs,
+            (p.u, p.delta, p.A, p.B, p.delta_bias, p.table, p.read, ends, totals,
+             *strides(p.u), *strides(p.delta), *strides(p.B), *A, bias,
+             *index_strides(p.table), *index_strides(p.read), k, l, r, t, d, n, how.chunk, how.chunks),
+            dict(SOFTPLUS=p.delta_softplus, READ_TABLE=read_table) | tile, how.warps, how.registers,
         )  # fmt: skip
-        if not direct:
-            parts, y = y, p.u.new_empty(p.y_shape)
-            ungated = p.u.new_empty(p.y_shape) if keep else None
-            sum_by_cell(parts, visits(p.write, m, p.revisits), y, z=p.z, ungated=ungated)
-        elif search:
-            found = visits(p.write, m, False)
-            clear_unvisited(y, found)
-            if ungated is not None:
-                clear_unvisited(ungated, found)
-    return y, last, new(0) if states is None else states, new(0) if ungated is None else ungated
+        _pass_states(ends, totals, p, initial, starts, False)
+        initial = starts
+    launch(
+        kernels.outputs, programs,
+        (p.u, p.delta, p.A, p.B, p.C, p.D, z, p.delta_bias, p.table, p.read, write, initial,
+         y, ungated, last, states,
+         *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), z_b, z_m, *A, D, bias,
+         *index_strides(p.table), *index_strides(p.read), *index_strides(write), *strides(p.initial_state),
+         k, l, r, m if direct else t, t, d, n, how.chunk, how.chunks, interval(n, d, _half(p))),
+        dict(CHUNKED=how.chunks > 1, SOFTPLUS=p.delta_softplus, READ_TABLE=read_table,
+             WRITE_TABLE=write_table) | tile,
+        how.warps, how.registers,
+    )  # fmt: skip
+    if not direct:
+        parts, y = y, make(p.y_shape)
+        ungated = make(p.y_shape) if keep else None
+        sum_by_cell(parts, found, y, z=p.z, ungated=ungated)
+    elif search:
+        clear_unvisited(y, found)
+        if ungated is not None:
+            clear_unvisited(ungated, found)
+    return [y, last, new((0,)) if states is None else states, new((0,)) if ungated is None else ungated]
 
 
 def backward(
-    p: Problem, grad_y: Tensor, grad_last: Tensor, states: Tensor, ungated: Tensor
+    p: Problem, grad_y: Tensor, grad_last: Tensor | None, states: Tensor, ungated: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; ``grad_last`` may be None for zero."""
+    with on(p.u.device):
+        by_read = visits(p.read, p.r, p.revisits)
+        by_table = by_read if same(p.read, p.table) and p.r == p.l else visits(p.table, p.l, p.revisits)
+        tensors = (*p.tensors, grad_y, grad_last, states, ungated, *by_read[:2], *by_table[:2])
+        flags = use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits
+        options = (backward, by_read.complete, by_table.complete, *flags)
+        grads = replayed(lambda: _backward(p, grad_y, grad_last, states, ungated, by_read, by_table), tensors, options)
+    return tuple(grads)
+
+
+def _backward(
+    p: Problem, grad_y: Tensor, grad_last: Tensor | None, states: Tensor, ungated: Tensor, by_read: Visits,
+    by_table: Visits,
+) -> list[Tensor | None]:  # fmt: skip
     b, k, l, r, m, t, d, n = p.b, p.k, p.l, p.r, p.m, p.t, p.d, p.n
-    how = plan(b, k, t, d, n, processors(p.u.device), True)
+    kernels = fitting(p)
+    how = plan(b, k, t, d, n, _half(p), kernels is not PLAIN, processors(p.u.device), True)
+    if kernels is not PLAIN and not aligned(grad_y):
+        grad_y = grad_y.clone(memory_format=torch.contiguous_format)
     tile = _tile(how, p, grad_y)
-    new, blocks = p.A.new_empty, cdiv(d, how.block_d)
+    new, blocks = partial(empty, dtype=torch.float32, device=p.u.device), cdiv(d, how.block_d)
     works = blocks * k * how.chunks * b
     read_table, write_table, write_read = (
         same(p.read, p.table) and r == l,
@@ -174,71 +260,69 @@ def backward(
     )
     A, D, bias = _parameters(p)
 
-    def destination(x: Tensor, index: Tensor | None) -> tuple[Tensor, bool]:
+    def destination(x: Tensor, found: Visits) -> tuple[Tensor, bool]:
         """Where a row's gradient of ``x`` goes: into its cells, or in step order to be summed."""
-        by_cell = (x.dim() == 4 or k == 1) and (index is None or not p.revisits)
-        make = torch.zeros if by_cell and index is not None and x.numel() < LARGE else torch.empty
-        return make(x.shape if by_cell else (b, k, t, d), dtype=x.dtype, device=x.device), by_cell
+        by_cell = (x.dim() == 4 or k == 1) and found.first is None
+        zero = by_cell and not found.complete and x.numel() < LARGE
+        return empty(x.shape if by_cell else (b, k, t, d), x.dtype, x.device, zero=zero), by_cell
 
-    with on(p.u.device):
-        g, dz = (grad_y, None) if p.z is None else _ungate(p, grad_y, ungated)
-        if how.chunks == 1:
-            carried = grad_last.transpose(2, 3).contiguous()
-        else:
-            ends, totals, carried = (
-                new((b, k, how.chunks, n, d)),
-                new((b, k, how.chunks, d)),
-                new((b, k, how.chunks, n, d)),
-            )
-            launch(
-                chunk_adjoints, works,
-                (p.delta, p.A, p.C, p.delta_bias, p.read, p.write, g, ends, totals,
-                 *strides(p.delta), *strides(p.C), *strides(g), *A, bias,
-                 *index_strides(p.read), *index_strides(p.write), k, r, m, t, d, n, how.chunk, how.chunks),
-                dict(SOFTPLUS=p.delta_softplus, WRITE_READ=write_read) | tile, how.warps, how.registers,
-            )  # fmt: skip
-            _pass_states(ends, totals, p, grad_last, carried, True)
-        du, du_cells = destination(p.u, p.table)
-        ddelta, ddelta_cells = destination(p.delta, p.read)
-        dBC = new((b, k, t, blocks, 2 * n))
-        dparameters = new((b * how.chunks, k, n + 2, d))
-        dinitial = None if p.initial_state is None else new((b, k, d, n))
-        scratch = new(how.programs * (interval(n) // how.steps) * how.block_n * how.block_d)
+    g, dz = (grad_y, None) if p.z is None else _ungate(p, grad_y, ungated)
+    if how.chunks == 1:
+        carried = None if grad_last is None else grad_last.transpose(2, 3).contiguous()
+    else:
+        ends, totals, carried = (
+            new((b, k, how.chunks, n, d)),
+            new((b, k, how.chunks, d)),
+            new((b, k, how.chunks, n, d)),
+        )
         launch(
-            gradients, how.programs,
-            (p.u, p.delta, p.A, p.B, p.C, p.D, p.delta_bias, p.table, p.read, p.write, g, states, carried,
-             du, ddelta, dBC, dparameters, dinitial, scratch,
-             *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), *strides(g), *A, D, bias,
-             *index_strides(p.table), *index_strides(p.read), *index_strides(p.write),
-             k, l, r, m, t, d, n, how.chunk, how.chunks, interval(n), works),
-            dict(SOFTPLUS=p.delta_softplus, READ_TABLE=read_table, WRITE_TABLE=write_table, DU_CELLS=du_cells,
-                 DDELTA_CELLS=ddelta_cells) | tile,
-            how.warps, how.registers,
+            kernels.chunk_adjoints, works,
+            (p.delta, p.A, p.C, p.delta_bias, p.read, p.write, g, ends, totals,
+             *strides(p.delta), *strides(p.C), *strides(g), *A, bias,
+             *index_strides(p.read), *index_strides(p.write), k, r, m, t, d, n, how.chunk, how.chunks),
+            dict(SOFTPLUS=p.delta_softplus, WRITE_READ=write_read) | tile, how.warps, how.registers,
         )  # fmt: skip
+        _pass_states(ends, totals, p, grad_last, carried, True)
+    du, du_cells = destination(p.u, by_table)
+    ddelta, ddelta_cells = destination(p.delta, by_read)
+    dBC = new((b, k, t, blocks, 2 * n))
+    dparameters = new((b * how.chunks, k, n + 2, d))
+    dinitial = None if p.initial_state is None else new((b, k, d, n))
+    every, scratch, programs = interval(n, d, _half(p)), None, works
+    if kernels is PLAIN:
+        programs = how.programs
+        scratch = new((programs * (every // how.steps) * how.block_n * how.block_d,))
+    launch(
+        kernels.gradients, programs,
+        (p.u, p.delta, p.A, p.B, p.C, p.D, p.delta_bias, p.table, p.read, p.write, g, states, carried,
+         du, ddelta, dBC, dparameters, dinitial, scratch,
+         *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), *strides(g), *A, D, bias,
+         *index_strides(p.table), *index_strides(p.read), *index_strides(p.write),
+         k, l, r, m, t, d, n, how.chunk, how.chunks, every, works),
+        dict(SOFTPLUS=p.delta_softplus, READ_TABLE=read_table, WRITE_TABLE=write_table, DU_CELLS=du_cells,
+             DDELTA_CELLS=ddelta_cells) | tile,
+        how.warps, how.registers,
+    )  # fmt: skip
 
-        by_read = visits(p.read, r, p.revisits)
-        by_table = by_read if read_table else visits(p.table, l, p.revisits)
-        du = _by_cell(du, p.u, p.table, by_table, du_cells)
-        ddelta = _by_cell(ddelta, p.delta, p.read, by_read, ddelta_cells)
-        dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.B, p.C))
-        if p.B.dim() == p.C.dim():
-            sum_by_cell(dBC, by_read, dB, out_2=dC)
-        else:
-            sum_by_cell(dBC[..., :n].contiguous(), by_read, dB)
-            sum_by_cell(dBC[..., n:].contiguous(), by_read, dC)
-        summed = dparameters.sum(0)  # (k, n + 2, d)
-    dA = parameter_grad(summed[:, :n].transpose(1, 2), p.A, 3)
-    dD, dbias = parameter_grad(summed[:, n], p.D, 2), parameter_grad(summed[:, n + 1], p.delta_bias, 2)
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+    du = _by_cell(du, p.u, by_table, du_cells)
+    ddelta = _by_cell(ddelta, p.delta, by_read, ddelta_cells)
+    dB, dC = (empty(x.shape, x.dtype, x.device) for x in (p.B, p.C))
+    if p.B.dim() == p.C.dim():
+        sum_by_cell(dBC, by_read, dB, out_2=dC)
+    else:
+        sum_by_cell(dBC[..., :n].contiguous(), by_read, dB)
+        sum_by_cell(dBC[..., n:].contiguous(), by_read, dC)
+    dA, dD, dbias = parameter_grads(dparameters, (p.A, p.D, p.delta_bias))
+    return [du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial]
 
 
-def _by_cell(grad: Tensor, x: Tensor, index: Tensor | None, found: Visits, cells: bool) -> Tensor:
+def _by_cell(grad: Tensor, x: Tensor, found: Visits, cells: bool) -> Tensor:
     """The gradient of ``x`` from what steps left: summed, or by cell already and, if large, zeroed where none went."""
     if not cells:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out = empty(x.shape, x.dtype, x.device)
         sum_by_cell(grad, found, out)
         return out
-    if index is not None and x.numel() >= LARGE:
+    if not found.complete and x.numel() >= LARGE:
         clear_unvisited(grad, found)
     return grad
 
@@ -246,8 +330,8 @@ def _by_cell(grad: Tensor, x: Tensor, index: Tensor | None, found: Visits, cells
 def _ungate(p: Problem, grad_y: Tensor, ungated: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of y before its gate and of z."""
     assert p.z is not None
-    g = torch.empty(p.y_shape, dtype=torch.float32, device=grad_y.device)  # rounded, it spoils the sums of dA
-    dz = torch.empty(p.z.shape, dtype=p.z.dtype, device=p.z.device)
+    g = empty(p.y_shape, torch.float32, grad_y.device)  # rounded, it spoils the sums of dA
+    dz = empty(p.z.shape, p.z.dtype, p.z.device)
     unit = min(p.d & -p.d, 8)
     block_d = min(power_of_2(p.d), 128)
     block_m = 1024 // block_d
@@ -265,10 +349,11 @@ def _pass_states(
 ) -> None:
     b, k, chunks, n, d = ends.shape
     A, _, _ = _parameters(p)
+    block_c = 64 if chunks > 128 or (n == 1 and chunks > 32) else 16
     launch(
-        pass_states, cdiv(d, 32) * k * n * b,
+        triton_forward.pass_states, cdiv(d, 32) * k * n * b,
         (ends, totals, p.A, initial, starts, *A, *strides(initial), k, d, n, chunks),
-        dict(REVERSE=reverse, BLOCK_C=16, BLOCK_D=32, EXACT=_exact(p)), 1,
+        dict(REVERSE=reverse, BLOCK_C=block_c, BLOCK_D=32, EXACT=_exact(p)), block_c // 16,
     )  # fmt: skip
 
 
@@ -283,6 +368,10 @@ def _tile(how: Plan, p: Problem, *others: Tensor | None) -> dict[str, int | bool
         for x in (p.u, p.delta, *others)
     )
     return dict(BLOCK_N=how.block_n, BLOCK_D=how.block_d, STEPS=how.steps, VEC=width if whole else 1, EXACT=_exact(p))
+
+
+def _half(p: Problem) -> bool:
+    return p.u.dtype != torch.float32
 
 
 def _exact(p: Problem) -> bool:

@@ -95,9 +95,10 @@ def gradients(
 ):  # fmt: skip
     """All gradients of the recurrence for BLOCK_D channels of a chunk; a program takes one chunk after another.
 
-    ``carried`` is the adjoint that comes into each chunk from the next, (b, k, chunks, n, d). du and ddelta are written
-    by cell, (b, k, cells, d), or else by step, (b, k, T, d); the parts of dB and dC of each block by step, (b, k, T,
-    blocks, 2, n). ``dparameters`` holds dA, then dD and the bias's gradient, of each chunk, (b, chunks, k, n + 2, d).
+    ``carried`` is the adjoint that comes into each chunk from the next, (b, k, chunks, n, d), or None for zero. du and
+    ddelta are written by cell, (b, k, cells, d), or else by step, (b, k, T, d); the parts of dB and dC of each block by
+    step, (b, k, T, blocks, 2, n). ``dparameters`` holds dA, then dD and the bias's gradient, of each chunk,
+    (b, chunks, k, n + 2, d).
     """
     blocks = tl.cdiv(d, BLOCK_D)
     note = scratch + tl.program_id(0).to(tl.int64) * (interval // STEPS) * BLOCK_N * BLOCK_D
@@ -121,8 +122,10 @@ def gradients(
         du_row = du + tl.multiple_of(bk * (L if DU_CELLS else T) * d, VEC)
         ddelta_row = ddelta + tl.multiple_of(bk * (R if DDELTA_CELLS else T) * d, VEC)
 
-        at = ((bk * chunks + c) * n + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)
-        adjoint = tl.load(carried + at, mask=in_tile, other=0.0)
+        adjoint = tl.zeros_like(a)
+        if carried is not None:
+            at = ((bk * chunks + c) * n + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)
+            adjoint = tl.load(carried + at, mask=in_tile, other=0.0)
         dA = tl.zeros_like(a)
         dD = tl.zeros((BLOCK_D,), tl.float32)
         dbias = tl.zeros((BLOCK_D,), tl.float32)
@@ -133,7 +136,7 @@ def gradients(
             start = s * interval
             end = tl.minimum(start + interval, chunk_end)
             at = ((bk * tl.cdiv(T, interval) + s) * n + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)
-            h = tl.load(states + at, mask=in_tile, other=0.0)
+            h = tl.load(states + at, mask=in_tile, other=0.0).to(tl.float32)
 
             p = entries(p_row, start, end, L, STEPS)  # forward: note every STEPS-th state
             q = p if READ_TABLE else entries(q_row, start, end, R, STEPS)

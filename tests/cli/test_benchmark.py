@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from vssm.cli import _benchmark_cpu, benchmark
 
@@ -34,3 +35,19 @@ def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["test_vmamba", "test_vim"])
+def test_a_model_runs_without_its_core(name):
+    """Its scans are the identity then: their parameters get no gradient, all others do."""
+    import timm
+
+    model = timm.create_model(name)
+    before = model(torch.ones(1, 3, 32, 32)) if name == "test_vmamba" else None
+    benchmark._without_core(model)
+    y = model(torch.ones(1, 3, *model.default_cfg["input_size"][1:]))
+    y.sum().backward()
+    missing = {key.split(".")[-1] for key, x in model.named_parameters() if x.grad is None}
+    assert "A_log" in missing
+    assert missing <= {"x_proj", "dt_weight", "dt_bias", "A_log", "D"}, missing
+    assert before is None or before.shape == y.shape

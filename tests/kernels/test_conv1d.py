@@ -189,6 +189,7 @@ def test_opcheck(backend, full, device):
 @pytest.mark.parametrize("sizes", [(2, 2, 9, 4, 3), (1, 1, 5, 3, 2), (1, 1, 4, 1, 1)], ids=str)
 def test_compiles_in_one_graph(backend, sizes, device):
     """Also where views of one buffer would pass for results of their own, which a custom op may not return."""
+    torch._dynamo.reset()  # which counts how often one function was compiled
     inputs = {name: x.float().to(device) for name, x in conv_inputs(*sizes).items()}
     convolve = partial(causal_conv1d, activation="silu", backend=backend)
     compiled = torch.compile(convolve, fullgraph=True, backend="aot_eager")

@@ -171,6 +171,115 @@ def test_another_length_compiles_nothing():
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("shared", ["u", "u A B C D delta_bias", ""], ids=["u", "all", "none"])
+@pytest.mark.parametrize("l", [1, 9, 500])
+def test_gluon_kernels_agree_with_the_definition_and_the_plain_ones(l, shared, n, dtype, monkeypatch):
+    """And it is they that run."""
+    inputs = rounded(scan_inputs(2, 2, l, 40, n, shared=shared), dtype)
+    options = dict(delta_softplus=True, table=permutations(2, l), revisits=False)
+    gluon = on_gpu(inputs, options)
+    monkeypatch.setattr(import_module("vssm.kernels.selective_scan.triton"), "use_gluon", False)
+    plain, expected = on_gpu(inputs, options), defined(inputs, **options)
+    assert_close(gluon, expected, TOLERANCE[dtype])
+    assert_close(plain, expected, TOLERANCE[dtype])
+    assert any(not torch.equal(gluon[name], plain[name]) for name in gluon) or l == 1
+
+
+@gpu
+@pytest.mark.slow
+def test_random_shapes_agree_with_the_definition():
+    """Any sizes, sharing, tables and options, in three dtypes."""
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
+    sizes = st.tuples(
+        st.integers(1, 3),
+        st.integers(1, 4),
+        st.integers(1, 300),
+        st.integers(1, 140),
+        st.sampled_from([1, 3, 4, 16, 17]),
+    )
+    names = st.sets(st.sampled_from("u delta A B C D z delta_bias".split()))
+
+    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(sizes, names, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans(), st.booleans())
+    def check(sizes, shared, dtype, permuted, whole):
+        b, k, l, d, n = sizes
+        d = -(-d // 8) * 8 if whole else d
+        inputs = rounded(scan_inputs(b, k, l, d, n, shared=" ".join(sorted(shared | {"z"}))), dtype)
+        table = permutations(k, l) if permuted else torch.randint(0, l + 1, (k, 2 * l))
+        options = dict(delta_softplus=True, table=table, revisits=not permuted)
+        assert_close(on_gpu(inputs, options), defined(inputs, **options), TOLERANCE[dtype])
+
+    check()
+
+
+@gpu
+def test_a_call_that_is_repeated_uses_its_own_tensors():
+    """The second call of a kind follows the recipe of the first: other values, another table, other results."""
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        inputs = rounded(scan_inputs(2, 2, 120, 32, 16, shared="u"), torch.bfloat16)
+        options = dict(delta_softplus=True, table=permutations(2, 120), merge="sum", revisits=False)
+        for _ in range(2):
+            assert_close(on_gpu(inputs, options), defined(inputs, **options), TOLERANCE[torch.bfloat16])
+
+
+@gpu
+def test_a_table_changed_in_place_is_inverted_again():
+    inputs = rounded(scan_inputs(1, 2, 50, 16, 4, shared="u"), torch.float32)
+    table = permutations(2, 50).cuda()
+    for _ in range(2):
+        options = dict(delta_softplus=True, table=table, merge="sum", revisits=False)
+        assert_close(on_gpu(inputs, options), defined(inputs, **options | {"table": table.cpu()}), 1e-5)
+        table.copy_(permutations(2, 50))
+
+
+@gpu
+@pytest.mark.slow
+def test_a_million_steps_agree_with_the_scan_in_pieces():
+    l, d = 2**20, 16
+    inputs = {name: x.bfloat16() for name, x in scan_inputs(1, 1, l, d, 16).items() if name in ("u", "delta", "B", "C")}
+    run = partial(selective_scan, A=-torch.rand(d, 16, device="cuda") - 0.1, delta_softplus=True, backend="triton")
+    moved = {name: x.cuda() for name, x in inputs.items()}
+    y, last = run(**moved)
+    state, parts = None, []
+    for i in range(4):
+        piece = {name: x[..., i * l // 4 : (i + 1) * l // 4, :] for name, x in moved.items()}
+        part, state = run(**piece, initial_state=state)
+        parts.append(part)
+    assert error(y, torch.cat(parts, -2)) < TOLERANCE[torch.bfloat16]
+    assert error(last, state) < 1e-4
+
+
+@gpu
+@pytest.mark.slow
+def test_a_fresh_cache_is_filled_in_half_a_minute_and_said_once(tmp_path):
+    """First forward of vim_tiny with an empty Triton cache, then in a second process."""
+    code = (
+        "import time, torch, vssm\n"
+        "model = vssm.create_model('vim_tiny').cuda().eval()\n"
+        "x = torch.randn(1, 3, 224, 224, device='cuda'); torch.cuda.synchronize(); start = time.perf_counter()\n"
+        "with torch.inference_mode(), torch.autocast('cuda', torch.bfloat16): model(x)\n"
+        "torch.cuda.synchronize(); print(time.perf_counter() - start)"
+    )
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        for _ in range(2)
+    ]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr[-2000:]
+    seconds = [float(run.stdout.split()[-1]) for run in runs]
+    print("first forward of vim_tiny, seconds:", seconds)
+    assert seconds[0] < 30
+    assert seconds[1] < 5
+    assert runs[0].stderr.count("compiling GPU kernels") == 1
+    assert "compiling GPU" not in runs[1].stderr
+
+
+@gpu
 def test_float64_is_refused():
     x = torch.ones(1, 2, 1, device="cuda", dtype=torch.float64)
     with pytest.raises(ValueError, match="float64"):

@@ -17,9 +17,9 @@ BACKENDS = ("cpu", "torch")
 SECONDS = 1.0  # of measuring, for each call
 
 
-def cpu(names: list[str], dtype: torch.dtype, compiled: bool) -> Iterator[dict[str, Any]]:
+def cpu(names: list[str], dtype: torch.dtype, args: object) -> Iterator[dict[str, Any]]:
     """Each case with each backend, in multiples of the yardstick."""
-    del dtype, compiled
+    del dtype, args
     for name in names:
         b, d, l, n = CASES[name]
         values = torch.randn(b * d * l * n)

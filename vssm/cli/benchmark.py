@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vssm.cli._benchmark_cpu import BACKENDS, CASES, cpu, share_of_scan
-from vssm.cli._timing import Timing, peak_megabytes, timed
+from vssm.cli._timing import Timing, captured, peak_megabytes, timed
 
 CACHE_BYTES = 150e6  # inputs are rotated until they are three times as large as the cache of an H100
 
@@ -56,11 +56,12 @@ SUITE = {
     "segmamba_s3": Case(2, 1, 384, (16, 16, 16), 16, True, 0.095, 0.509, 0.013),
     "umamba_bot3d": Case(2, 1, 640, (5, 8, 8), 16, True, 0.039, 0.623, 0.002),
 }
-MODELS = {  # batch and size as the published code was timed
+MODELS = {  # batch and size as the published code was timed; NAME@SIZE is NAME at another size
     "vmamba_tiny_s1l8": (128, 224),
     "vanilla_vmamba_tiny": (64, 224),
     "vim_tiny": (128, 224),
     "vim_small": (128, 224),
+    "vim_tiny@1248": (4, 1248),
     "swin_tiny_patch4_window7_224": (128, 224),
     "convnext_tiny": (128, 224),
     "deit_small_patch16_224": (128, 224),
@@ -72,7 +73,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("suite", choices=("kernels", "scans", "models", "cpu"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases or models")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--compile", action="store_true", help="models under torch.compile")
+    parser.add_argument(
+        "--mode",
+        choices=("eager", "compiled", "graphed"),
+        default="eager",
+        help="models as they are, under torch.compile, or replayed from a CUDA graph",
+    )
+    parser.add_argument("--without-core", action="store_true", help="models with the identity in the place of the scan")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results, with device and versions")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw measured times against floor and peers")
     args = parser.parse_args(argv)
@@ -86,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     about = machine("cpu" if args.suite == "cpu" else "cuda")
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows: list[dict[str, Any]] = []
-    for row in run(args.only or list(known), getattr(torch, args.dtype), args.compile):
+    for row in run(args.only or list(known), getattr(torch, args.dtype), args):
         if not rows:
             print("  ".join(f"{key:>18}" if i else f"{key:28}" for i, key in enumerate(row)))
         rows.append(row)
@@ -109,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def kernels(names: list[str], dtype: torch.dtype, compiled: bool) -> Iterator[dict[str, Any]]:
+def kernels(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Forward, and forward with backward, of each case along its model's own order."""
     for name in names:
         case = SUITE[name]
@@ -129,7 +136,7 @@ def kernels(names: list[str], dtype: torch.dtype, compiled: bool) -> Iterator[di
         }
 
 
-def scans(names: list[str], dtype: torch.dtype, compiled: bool) -> Iterator[dict[str, Any]]:
+def scans(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each case with a grid along three orders; the ratios say what the order costs."""
     for name in names:
         case = SUITE[name]
@@ -206,18 +213,23 @@ def _table(case: Case, order: str) -> Tensor:
     return table.repeat(math.ceil(case.k / len(table)), 1)[: case.k].contiguous()
 
 
-def models(names: list[str], dtype: torch.dtype, compiled: bool) -> Iterator[dict[str, Any]]:
+def models(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Inference and training of classifiers under autocast, channels last; names of vssm or of timm."""
     import timm
 
     import vssm  # noqa: F401 - its models become timm's
 
     for name in names:
-        batch, size = MODELS.get(name, (64, 224))
-        model = timm.create_model(name).cuda().to(memory_format=torch.channels_last)
-        inference, training, memory = _model_times(model, batch, size, dtype, compiled)
+        known, _, asked = name.partition("@")
+        batch, size = MODELS.get(name, (64, int(asked or 224)))
+        model = timm.create_model(known, **({"img_size": size} if asked else {}))
+        if args.without_core:
+            _without_core(model)
+        model = model.cuda().to(memory_format=torch.channels_last)
+        inference, training, memory = _model_times(model, batch, size, dtype, args.mode)
         yield {
             "model": name,
+            "mode": args.mode + " without core" * args.without_core,
             "batch": batch,
             "size": size,
             "inference img/s": batch / inference * 1e3,
@@ -228,12 +240,28 @@ def models(names: list[str], dtype: torch.dtype, compiled: bool) -> Iterator[dic
         torch.cuda.empty_cache()
 
 
+def _without_core(model: torch.nn.Module) -> None:
+    """Put the identity in the place of each scan with its projections, so that its share of the time shows."""
+    from vssm.layers.ssm import SelectiveSSM
+
+    def identity(
+        u: Tensor, table: Tensor, z: Tensor | None = None, *, merge: str | None = "sum", **rest: Any
+    ) -> Tensor:
+        if merge is None:
+            return u if u.dim() == 4 else u[:, None].expand(-1, table.shape[-2], -1, -1)
+        return u if u.dim() == 3 else u[:, 0]
+
+    for module in model.modules():
+        if isinstance(module, SelectiveSSM):
+            module.forward = identity  # type: ignore[method-assign]
+
+
 def _model_times(
-    model: torch.nn.Module, batch: int, size: int, dtype: torch.dtype, compiled: bool
+    model: torch.nn.Module, batch: int, size: int, dtype: torch.dtype, mode: str
 ) -> tuple[float, float, float]:
     """Milliseconds of an inference and of a training step, and the latter's peak memory in GB."""
-    run = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    run = torch.compile(model) if mode == "compiled" else model
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, capturable=True)
     images = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
     labels = torch.randint(1000, (batch,), device="cuda")
 
@@ -249,20 +277,22 @@ def _model_times(
         optimizer.step()
 
     model.eval()
-    inference = _step_ms(infer)
+    inference = _step_ms(infer, mode == "graphed")
     model.train()
-    training = _step_ms(train)
+    training = _step_ms(train, mode == "graphed")
     return inference, training, torch.cuda.max_memory_allocated() / 1e9
 
 
-def _step_ms(step: Callable[[], None]) -> float:
-    """Milliseconds a step, launches included, as a user sees it."""
+def _step_ms(step: Callable[[], None], graphed: bool) -> float:
+    """Milliseconds a step, launches included, as a user sees it; or replayed."""
     from triton.testing import do_bench
 
     for _ in range(3):
         step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    if graphed:
+        step = captured(step).replay
     return float(do_bench(step, warmup=200, rep=1000, return_mode="median"))
 
 

@@ -1,0 +1,301 @@
+"""Backward selective scan for NVIDIA GPUs, in Gluon: ``triton_backward`` with 16-bit inputs and 1 or 16 states, faster.
+
+Same arguments, same gradients. A group of STEPS steps, from one kept state to the next, is taken in four passes over
+shared memory: the states before each step are computed again and noted there in 16 bits; dC is summed over channels;
+the adjoint goes back through the steps and is noted where the states were; dB is summed over channels. Where there are
+16 states the sums over channels are products of tensor cores: a step's tile (states, channels) with its vector of
+channels, which stands in the step's column of a matrix that is zero elsewhere, so that 8 steps fill one result.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from vssm.kernels.gluon_shared import (
+    FLAT,
+    LOG2E,
+    ROWS,
+    advance,
+    copy,
+    entries,
+    entry,
+    gate_layout,
+    gates,
+    place,
+    row,
+    row_layout,
+    softplus,
+    tile_layout,
+    weights,
+)
+from vssm.kernels.selective_scan.triton_forward import VARY
+
+LN2 = gl.constexpr(0.6931471805599453)
+NOTES = gl.constexpr(
+    gl.SwizzledSharedLayout(8, 4, 2, [0, 1])
+)  # 16 states of a channel are neighbours: no bank conflicts
+MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))
+RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA, 2))
+
+
+@gluon.jit(do_not_specialize=VARY)
+def chunk_adjoints(
+    delta, A, C, bias, read, write, g, ends, totals,
+    delta_b, delta_k, delta_r, C_b, C_k, C_r, g_b, g_k, g_m, A_k, A_d, A_n, bias_k, read_b, read_k, write_b, write_k,
+    K, R, M, T, d, n, chunk, chunks,
+    SOFTPLUS: gl.constexpr, WRITE_READ: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STEPS: gl.constexpr, VEC: gl.constexpr, EXACT: gl.constexpr,
+):  # fmt: skip
+    """The adjoint each chunk hands on when none comes in, (b, k, chunks, n, d), and its sum of delta."""
+    TILE: gl.constexpr = tile_layout(BLOCK_N, BLOCK_D)
+    CHANNEL: gl.constexpr = gl.SliceLayout(0, TILE)
+    STATE: gl.constexpr = gl.SliceLayout(1, TILE)
+    ROW: gl.constexpr = row_layout(BLOCK_D)
+    GATE: gl.constexpr = gate_layout(BLOCK_N)
+    first, k, c, b = place(gl.program_id(0), d, K, chunks, BLOCK_D)
+    channel = first + gl.arange(0, BLOCK_D, layout=CHANNEL)
+    state = gl.arange(0, BLOCK_N, layout=STATE)
+    in_d = channel // 8 * 8 < d  # 8 divides d: whole vectors
+    tile_d, tile_n = gl.expand_dims(channel, 0), gl.expand_dims(state, 1)
+    in_tile = gl.expand_dims(in_d, 0) & gl.expand_dims(state < n, 1)
+    a = gl.load(A + k * A_k + (tile_d * A_d + tile_n * A_n), mask=in_tile, other=0.0) * LOG2E
+    shift = weights(bias, k * bias_k + channel, in_d)
+    delta, C, g = row(delta, delta_b, delta_k, b, k, 8), row(C, C_b, C_k, b, k, 1), row(g, g_b, g_k, b, k, 8)
+    read = read if read is None else row(read, read_b, read_k, b, k, 1)
+    write = write if write is None else row(write, write_b, write_k, b, k, 1)
+
+    raws = gl.allocate_shared_memory(delta.dtype.element_ty, [2, STEPS, BLOCK_D], ROWS)
+    gs = gl.allocate_shared_memory(g.dtype.element_ty, [2, STEPS, BLOCK_D], ROWS)
+    Cs = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_N], ROWS)
+    raw_rows = raws._reinterpret(delta.dtype.element_ty, [2 * STEPS, BLOCK_D], FLAT)
+    g_rows = gs._reinterpret(g.dtype.element_ty, [2 * STEPS, BLOCK_D], FLAT)
+    C_rows = Cs._reinterpret(gl.float32, [STEPS, BLOCK_N], FLAT)
+    step_r = gl.arange(0, STEPS, layout=gl.SliceLayout(1, ROW))
+    column = first + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, ROW))
+    step_g = gl.arange(0, STEPS, layout=gl.SliceLayout(1, GATE))
+    state_g = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, GATE))
+
+    start = c * chunk
+    end = gl.minimum(start + chunk, T)
+    t_last = start + (end - start - 1) // STEPS * STEPS
+    q = entries(read, t_last + step_r, end, R)
+    o = q if WRITE_READ else entries(write, t_last + step_r, end, M)
+    copy(raws.index(0), delta, delta_r, q, column, d)
+    copy(gs.index(0), g, g_m, o, column, d)
+    async_copy.commit_group()
+    C_next = gates(C, C_r, entries(read, t_last + step_g, end, R), state_g, n)
+
+    adjoint = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, layout=TILE)
+    total = gl.zeros([BLOCK_D], gl.float32, layout=CHANNEL)
+    for i in range(0, end - start, STEPS):
+        t = t_last - i
+        stage = i // STEPS % 2
+        before = gl.maximum(t - STEPS, start)
+        Cs.store(C_next.to(gl.float32))
+        async_copy.wait_group(0)
+        q = entries(read, before + step_r, end, R)
+        o = q if WRITE_READ else entries(write, before + step_r, end, M)
+        copy(raws.index(1 - stage), delta, delta_r, q, column, d)
+        copy(gs.index(1 - stage), g, g_m, o, column, d)
+        async_copy.commit_group()
+        C_next = gates(C, C_r, entries(read, before + step_g, end, R), state_g, n)
+        count = gl.minimum(STEPS, end - t)
+        raw_next = raw_rows.index(stage * STEPS + count - 1).load(CHANNEL)
+        for back in range(count):
+            j = count - 1 - back
+            raw = raw_next.to(gl.float32) + shift
+            gj, Cj = g_rows.index(stage * STEPS + j).load(CHANNEL).to(gl.float32), C_rows.index(j).load(STATE)
+            raw_next = raw_rows.index(stage * STEPS + gl.maximum(j - 1, 0)).load(CHANNEL)
+            step = softplus(raw) if SOFTPLUS else raw
+            adjoint += gl.expand_dims(gj, 0) * gl.expand_dims(Cj, 1)
+            adjoint *= gl.exp2(gl.expand_dims(step, 0) * a)
+            total += step
+
+    at = (b.to(gl.int64) * K + k) * chunks + c
+    gl.store(ends + ((at * n + tile_n) * d + tile_d), adjoint, mask=in_tile)
+    gl.store(totals + (at * d + channel), total, mask=in_d)
+
+
+@gluon.jit
+def sum_channels(part, t, stride, notes, vectors, factors, count, n):
+    """Sum notes[j + 1] times vectors[j] (times factors[j]) over channels, 8 steps at a time, to part[t + j]."""
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, RIGHT))
+    step = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
+    state = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
+    for eight in range(0, count, 8):
+        sums = gl.zeros([16, 8], gl.float32, layout=MMA)
+        for j in range(eight, gl.minimum(eight + 8, count)):
+            vector = vectors.index(j).load(gl.SliceLayout(1, RIGHT)).to(gl.float32)
+            if factors is not None:
+                vector *= factors.index(j).load(gl.SliceLayout(1, RIGHT))
+            matrix = gl.where(gl.expand_dims(column == j - eight, 0), gl.expand_dims(vector, 1), 0.0).to(gl.bfloat16)
+            sums = mma_v2(notes.index(j + 1).load(LEFT), matrix, sums)
+        at = gl.expand_dims((t + eight + step).to(gl.int64) * stride, 0) + gl.expand_dims(state, 1)
+        gl.store(part + at, sums, mask=gl.expand_dims(eight + step < count, 0) & gl.expand_dims(state < n, 1))
+
+
+@gluon.jit
+def put(x, row, d, channel, value, inside):
+    """Write a row of ``x``, whose rows are d long."""
+    gl.store(
+        x + (gl.multiple_of(row.to(gl.int64) * d, 8) + channel), value.to(x.dtype.element_ty), mask=inside & (row >= 0)
+    )
+
+
+@gluon.jit
+def lane_sums(x, BLOCK_D: gl.constexpr):
+    """Sums of the neighbouring channels that a thread holds, (32)."""
+    return gl.sum(gl.reshape(x, [32, BLOCK_D // 32]), 1)
+
+
+@gluon.jit(do_not_specialize=VARY)
+def gradients(
+    u, delta, A, B, C, D, bias, table, read, write, g, states, carried,
+    du, ddelta, dBC, dparameters, dinitial, scratch,
+    u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, C_b, C_k, C_r, g_b, g_k, g_m, A_k, A_d, A_n, D_k, bias_k,
+    table_b, table_k, read_b, read_k, write_b, write_k,
+    K, L, R, M, T, d, n, chunk, chunks, interval, works,
+    SOFTPLUS: gl.constexpr, READ_TABLE: gl.constexpr, WRITE_TABLE: gl.constexpr,
+    DU_CELLS: gl.constexpr, DDELTA_CELLS: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STEPS: gl.constexpr, VEC: gl.constexpr, EXACT: gl.constexpr,
+):  # fmt: skip
+    """All gradients of the recurrence for BLOCK_D channels of a chunk; interval is STEPS, the notes need no scratch.
+
+    ``carried`` is the adjoint that comes into each chunk from the next, (b, k, chunks, n, d), or None for zero. du and
+    ddelta are written by cell, (b, k, cells, d), or else by step, (b, k, T, d); the parts of dB and dC of each block by
+    step, (b, k, T, blocks, 2, n). ``dparameters`` holds dA, then dD and the bias's gradient, of each chunk,
+    (b, chunks, k, n + 2, d).
+    """
+    TILE: gl.constexpr = tile_layout(BLOCK_N, BLOCK_D)
+    CHANNEL: gl.constexpr = gl.SliceLayout(0, TILE)
+    STATE: gl.constexpr = gl.SliceLayout(1, TILE)
+    ROW: gl.constexpr = row_layout(BLOCK_D)
+    GATE: gl.constexpr = gate_layout(BLOCK_N)
+    SUMS: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0])
+    first, k, c, b = place(gl.program_id(0), d, K, chunks, BLOCK_D)
+    blocks = (d + BLOCK_D - 1) // BLOCK_D
+    bk = b.to(gl.int64) * K + k
+    channel = first + gl.arange(0, BLOCK_D, layout=CHANNEL)
+    state = gl.arange(0, BLOCK_N, layout=STATE)
+    in_d = channel // 8 * 8 < d  # 8 divides d: whole vectors
+    tile_d, tile_n = gl.expand_dims(channel, 0), gl.expand_dims(state, 1)
+    in_tile = gl.expand_dims(in_d, 0) & gl.expand_dims(state < n, 1)
+    a = gl.load(A + k * A_k + (tile_d * A_d + tile_n * A_n), mask=in_tile, other=0.0) * LOG2E
+    shift = weights(bias, k * bias_k + channel, in_d)
+    skip = weights(D, k * D_k + channel, in_d)
+    u, delta, g = row(u, u_b, u_k, b, k, 8), row(delta, delta_b, delta_k, b, k, 8), row(g, g_b, g_k, b, k, 8)
+    B, C = row(B, B_b, B_k, b, k, 1), row(C, C_b, C_k, b, k, 1)
+    table = table if table is None else row(table, table_b, table_k, b, k, 1)
+    read = read if read is None else row(read, read_b, read_k, b, k, 1)
+    write = write if write is None else row(write, write_b, write_k, b, k, 1)
+    parameters = table if READ_TABLE else read
+    du += gl.multiple_of(bk * (L if DU_CELLS else T) * d, 8)
+    ddelta += gl.multiple_of(bk * (R if DDELTA_CELLS else T) * d, 8)
+    part = dBC + (bk * T * blocks + first // BLOCK_D) * 2 * n
+
+    xs = gl.allocate_shared_memory(u.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
+    raws = gl.allocate_shared_memory(delta.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
+    gs = gl.allocate_shared_memory(g.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
+    Bs = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_N], ROWS)
+    Cs = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_N], ROWS)
+    steps = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_D], FLAT)
+    notes = gl.allocate_shared_memory(gl.bfloat16, [STEPS + 1, BLOCK_N, BLOCK_D], NOTES if BLOCK_N == 16 else ROWS)
+    x_rows = xs._reinterpret(u.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
+    raw_rows = raws._reinterpret(delta.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
+    g_rows = gs._reinterpret(g.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
+    B_rows = Bs._reinterpret(gl.float32, [STEPS, BLOCK_N], FLAT)
+    C_rows = Cs._reinterpret(gl.float32, [STEPS, BLOCK_N], FLAT)
+    step_r = gl.arange(0, STEPS, layout=gl.SliceLayout(1, ROW))
+    column = first + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, ROW))
+    step_g = gl.arange(0, STEPS, layout=gl.SliceLayout(1, GATE))
+    state_g = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, GATE))
+    if BLOCK_N == 1:
+        B_sums = gl.allocate_shared_memory(gl.float32, [STEPS, 32], FLAT)
+        C_sums = gl.allocate_shared_memory(gl.float32, [STEPS, 32], FLAT)
+        step_s = gl.arange(0, STEPS, layout=gl.SliceLayout(1, SUMS))
+
+    adjoint = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, layout=TILE)
+    if carried is not None:
+        at = ((bk * chunks + c) * n + tile_n) * d + tile_d
+        adjoint = gl.load(carried + at, mask=in_tile, other=0.0)
+    dA = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, layout=TILE)
+    dD = gl.zeros([BLOCK_D], gl.float32, layout=CHANNEL)
+    dbias = gl.zeros([BLOCK_D], gl.float32, layout=CHANNEL)
+
+    start = c * chunk
+    end = gl.minimum(start + chunk, T)
+    for i in range(0, end - start, STEPS):
+        t = start + (end - start - 1) // STEPS * STEPS - i
+        count = gl.minimum(STEPS, end - t)
+        p = entries(table, t + step_r, end, L)
+        q = p if READ_TABLE else entries(read, t + step_r, end, R)
+        o = p if WRITE_TABLE else entries(write, t + step_r, end, M)
+        copy(xs, u, u_l, p, column, d)
+        copy(raws, delta, delta_r, q, column, d)
+        copy(gs, g, g_m, o, column, d)
+        async_copy.commit_group()
+        cells = entries(parameters, t + step_g, end, R)
+        Bs.store(gates(B, B_r, cells, state_g, n).to(gl.float32))
+        Cs.store(gates(C, C_r, cells, state_g, n).to(gl.float32))
+        at = ((bk * ((T + STEPS - 1) // STEPS) + t // STEPS) * n + tile_n) * d + tile_d
+        h = gl.load(states + at, mask=in_tile, other=0.0).to(gl.float32)
+        async_copy.wait_group(0)
+
+        for j in range(count):  # the state before each step, and step sizes
+            x, raw = x_rows.index(j).load(CHANNEL).to(gl.float32), raw_rows.index(j).load(CHANNEL).to(gl.float32)
+            Bj = B_rows.index(j).load(STATE)
+            step = softplus(raw + shift) if SOFTPLUS else raw + shift
+            steps.index(j).store(step)
+            notes.index(j).store(h.to(gl.bfloat16))
+            h = advance(h, a, step, x, Bj)
+        notes.index(count).store(h.to(gl.bfloat16))
+
+        if BLOCK_N == 16:  # dC
+            sum_channels(part + n, t, blocks * 2 * n, notes, g_rows, None, count, n)
+
+        for back in range(count):  # the adjoint
+            j = count - 1 - back
+            x, gj = x_rows.index(j).load(CHANNEL).to(gl.float32), g_rows.index(j).load(CHANNEL).to(gl.float32)
+            step = steps.index(j).load(CHANNEL)
+            Bj, Cj = B_rows.index(j).load(STATE), C_rows.index(j).load(STATE)
+            before = notes.index(j).load(TILE).to(gl.float32)
+            adjoint += gl.expand_dims(gj, 0) * gl.expand_dims(Cj, 1)
+            if BLOCK_N == 1:
+                behind = notes.index(j + 1).load(TILE).to(gl.float32)
+                C_sums.index(j).store(lane_sums(gl.sum(behind, 0) * gj, BLOCK_D))
+                B_sums.index(j).store(lane_sums(gl.sum(adjoint, 0) * (step * x), BLOCK_D))
+            else:
+                notes.index(j + 1).store(adjoint.to(gl.bfloat16))
+            dinput = gl.sum(adjoint * gl.expand_dims(Bj, 1), 0)  # of delta u
+            adjoint *= gl.exp2(gl.expand_dims(step, 0) * a)
+            ddecay = adjoint * before  # of delta A
+            dA += ddecay * gl.expand_dims(step, 0)
+            dstep = x * dinput + gl.sum(ddecay * a, 0) * LN2
+            if SOFTPLUS:
+                dstep *= 1.0 - gl.exp2(-step * LOG2E)  # softplus'(x) = 1 - exp(-softplus(x))
+            dbias += dstep
+            dD += gj * x
+            to_u = entry(table, t + j, end, L) if DU_CELLS else t + j
+            to_delta = entry(read, t + j, end, R) if DDELTA_CELLS else t + j
+            put(du, to_u, d, channel, step * dinput + skip * gj, in_d)
+            put(ddelta, to_delta, d, channel, dstep, in_d)
+
+        if BLOCK_N == 16:  # dB
+            sum_channels(part, t, blocks * 2 * n, notes, x_rows, steps, count, n)
+        else:
+            to = (t + step_s).to(gl.int64) * (blocks * 2)
+            B_sum = gl.sum(B_sums._reinterpret(gl.float32, [STEPS, 32], ROWS).load(SUMS), 1)
+            C_sum = gl.sum(C_sums._reinterpret(gl.float32, [STEPS, 32], ROWS).load(SUMS), 1)
+            gl.store(part + to, B_sum, mask=step_s < count)
+            gl.store(part + to + 1, C_sum, mask=step_s < count)
+
+    base = ((b.to(gl.int64) * chunks + c) * K + k) * (n + 2)
+    gl.store(dparameters + ((base + tile_n) * d + tile_d), dA, mask=in_tile)
+    gl.store(dparameters + ((base + n) * d + channel), dD, mask=in_d)
+    gl.store(dparameters + ((base + n + 1) * d + channel), dbias, mask=in_d)
+    if dinitial is not None:  # noqa: SIM102 - decided while compiling, the next one while running
+        if c == 0:
+            gl.store(dinitial + ((bk * d + tile_d) * n + tile_n * A_n), adjoint, mask=in_tile)

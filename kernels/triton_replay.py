@@ -1,0 +1,146 @@
+"""Repeating what a call launched, without deciding it again.
+
+Between the arguments of an op and its launches stand a few hundred lines of Python: sizes, strides, plans. They depend
+on the kinds of the tensors alone (shapes, strides, dtypes, alignment), so the first call with tensors of a kind notes
+which buffers it made and which kernels it ran on what; later calls make such buffers, those that are not results in one
+piece, and run these kernels on their own tensors. A call that does more than that is simply made each time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MOST = 1024  # remembered recipes
+
+UNKNOWN: Any = object()
+_recipes: dict[tuple[Any, ...], Recipe | None] = {}
+_thread = threading.local()
+
+
+class Launch(NamedTuple):
+    """A kernel, and its arguments, with the places that tensors take: (place, number of the tensor)."""
+
+    compiled: Any
+    programs: int
+    args: list[Any]
+    tensors: list[tuple[int, int]]
+
+
+class Recipe(NamedTuple):
+    """Results to make, (size, dtype, zeroed), or None; bytes of scratch, and where buffers lie in it; launches.
+
+    Tensors are numbered: first those given, then the results that there are, then the buffers in the scratch.
+    """
+
+    results: list[tuple[tuple[int, ...], torch.dtype, bool] | None]
+    scratch: int
+    offsets: list[int]
+    launches: list[Launch]
+
+
+class Notes:
+    """What the call that is being noted has made and launched."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, bool]] = []
+        self.launches: list[tuple[Any, int, Sequence[Any]]] = []
+        self.whole = True  # nothing was launched that cannot be repeated
+
+
+def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, zero: bool = False) -> Tensor:
+    """A buffer, which a note is taken of."""
+    made = (torch.zeros if zero else torch.empty)(size, dtype=dtype, device=device)
+    notes = getattr(_thread, "notes", None)
+    if notes is not None:
+        notes.buffers.append((made, zero))
+    return made
+
+
+def note(compiled: Any, programs: int, args: Sequence[Any]) -> None:
+    """Take a note of a launch; None for a kernel that cannot be repeated."""
+    notes = getattr(_thread, "notes", None)
+    if notes is not None:
+        notes.whole &= compiled is not None
+        notes.launches.append((compiled, programs, args))
+
+
+def replayed(
+    call: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Tensor | None], options: tuple[Any, ...]
+) -> Sequence[Tensor | None]:
+    """The results of ``call()``, which takes ``tensors`` and makes buffers by :func:`empty`; by its recipe if known.
+
+    ``options`` are hashable and decide, with the kinds of the tensors, what ``call`` does.
+    """
+    present = [x for x in tensors if x is not None]
+    device = present[0].device
+    if device.type == "cpu":  # Triton's interpreter
+        return call()
+    addresses = [x.data_ptr() for x in present]
+    kinds = [None if x is None else (x.dtype, x.shape, x.stride()) for x in tensors]
+    # Which tensors are one and the same, and how they are aligned, decide too.
+    places = [addresses.index(x) for x in addresses]
+    key = (options, device, *kinds, *[x & 15 for x in addresses], *places)
+    recipe = _recipes.get(key, UNKNOWN)
+    if recipe is None:
+        return call()
+    if recipe is not UNKNOWN:
+        return _follow(recipe, addresses, present[0])
+    notes = _thread.notes = Notes()
+    try:
+        results = call()
+    finally:
+        _thread.notes = None
+    if len(_recipes) >= MOST:
+        _recipes.clear()
+    _recipes[key] = _recipe(notes, present, results)
+    return results
+
+
+def _recipe(notes: Notes, present: Sequence[Tensor], results: Sequence[Tensor | None]) -> Recipe | None:
+    """The recipe of a call; None if it cannot be repeated, as it used tensors that were neither given nor noted."""
+    zeroed = {id(x): zero for x, zero in notes.buffers}
+    returned = [x for x in results if x is not None]
+    others = [x for x, _ in notes.buffers if not any(x is y for y in returned)]
+    numbers = {id(x): i for i, x in reversed(list(enumerate([*present, *returned, *others])))}
+    used = [x for _, _, args in notes.launches for x in args if isinstance(x, Tensor)]
+    if not notes.whole or any(id(x) not in zeroed for x in returned) or any(id(x) not in numbers for x in used):
+        return None
+    if any(zeroed[id(x)] for x in others):
+        return None
+    offsets, scratch = [], 0
+    for x in others:
+        offsets.append(scratch)
+        scratch += -(-x.numel() * x.element_size() // 256) * 256  # aligned
+    launches = []
+    for compiled, programs, args in notes.launches:
+        places = [(i, numbers[id(x)]) for i, x in enumerate(args) if isinstance(x, Tensor)]
+        launches.append(Launch(compiled, programs, [None if isinstance(x, Tensor) else x for x in args], places))
+    made = [None if x is None else (tuple(x.shape), x.dtype, zeroed[id(x)]) for x in results]
+    return Recipe(made, scratch, offsets, launches)
+
+
+def _follow(recipe: Recipe, addresses: list[int], like: Tensor) -> list[Tensor | None]:
+    results: list[Tensor | None] = []
+    for made in recipe.results:
+        if made is None:
+            results.append(None)
+            continue
+        size, dtype, zero = made
+        x = (like.new_zeros if zero else like.new_empty)(size, dtype=dtype)
+        results.append(x)
+        addresses.append(x.data_ptr())
+    if recipe.scratch:
+        scratch = like.new_empty(recipe.scratch, dtype=torch.uint8)
+        base = scratch.data_ptr()
+        addresses += [base + offset for offset in recipe.offsets]
+    for compiled, programs, args, tensors in recipe.launches:
+        args = args.copy()
+        for place, number in tensors:
+            args[place] = addresses[number]
+        compiled[programs, 1, 1](*args)
+    return results
