@@ -32,3 +32,15 @@ def test_blocks_are_those_of_monai(spatial_dims, dim, out):
     up.load_state_dict(state)
     skip = torch.randn(2, out, *(8, 12, 4)[:spatial_dims], dtype=torch.double)
     assert error(up(x, skip), theirs(x, skip)) < TOLERANCE[torch.float64]
+
+
+def test_joined_maps_are_not_kept():
+    """Nor do gradients change."""
+    block = UpBlock(2, 6, 4)
+    x, skip = torch.randn(2, 6, 3, 5, requires_grad=True), torch.randn(2, 4, 6, 10, requires_grad=True)
+    grads = []
+    for plainly in (True, False):
+        block.grad_checkpointing = plainly
+        y = block(x, skip)
+        grads.append(torch.autograd.grad(y.square().sum(), [x, skip, *block.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

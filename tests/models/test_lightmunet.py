@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import vssm
 from vssm.cli import verify
 from vssm.models.keys import published_shapes, shapes_of
-from vssm.models.lightmunet import LightMUNet, MambaLayer, published
+from vssm.models.lightmunet import LightMUNet, published
 from vssm.models.variant import NotCovered
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "lightmunet" / "lightmunet_3d_lits.json"
@@ -43,7 +43,7 @@ def test_has_the_published_entries_and_sizes():
 
 
 def test_the_layer_norms_twice_with_one_norm():
-    layer, x = MambaLayer(8, 16, 3, "scan").double(), torch.randn(2, 8, 3, 4, 2, dtype=torch.double)
+    layer, x = LightMUNet().enters[0].double(), torch.randn(2, 8, 3, 4, 2, dtype=torch.double)
     torch.nn.init.normal_(layer.skip_scale)
     torch.nn.init.normal_(layer.norm.weight)
 

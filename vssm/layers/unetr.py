@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vssm.layers.again import MadeAgain
 from vssm.layers.conv import CONVS, TRANSPOSED
 from vssm.layers.instance_norm import InstanceNorm
 
@@ -35,7 +36,12 @@ class ResidualBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Double the grid, put the skip beside it, a residual block. (B, C, *grid) and (B, C', *2 grid) to the latter."""
+    """Double the grid, put the skip beside it, a residual block. (B, C, *grid) and (B, C', *2 grid) to the latter.
+
+    The two side by side are not kept for the backward pass, which has both and joins them again.
+    """
+
+    grad_checkpointing = False  # of this block by the model, which then makes everything again
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int):
         super().__init__()
@@ -43,4 +49,9 @@ class UpBlock(nn.Module):
         self.block = ResidualBlock(spatial_dims, 2 * out_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.block(torch.cat([self.up(x), skip], 1))
+        maps = self.up(x), skip
+        if torch.compiler.is_compiling() or self.grad_checkpointing or not torch.is_grad_enabled():
+            return self.block(torch.cat(maps, 1))
+        joined, sources = torch.cat(maps, 1), [part.detach() for part in maps]
+        with MadeAgain() as again:
+            return self.block(again.later(joined, lambda: torch.cat(sources, 1)))

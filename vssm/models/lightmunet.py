@@ -10,8 +10,10 @@ blocks hold none of the depthwise convolutions that the paper draws there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ GROUPS = 8
 INTERPOLATIONS = {2: "bilinear", 3: "trilinear"}
 POOLS = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 MIXERS = ("scan", "conv")
+Make = Callable[[int], nn.Module]  # a mixer, for this many channels
 
 
 class SeparableConv(nn.Sequential):
@@ -46,12 +49,9 @@ class SeparableConv(nn.Sequential):
 class MambaLayer(nn.Module):
     """Norm, mixer, a scaled residual, the same norm again, a projection. (B, C, *grid) to (B, C', *grid)."""
 
-    def __init__(self, dim: int, out: int, spatial_dims: int, mixer: str):
+    def __init__(self, dim: int, out: int, make_mixer: Make):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.mixer: nn.Module = ConvMixer(dim, spatial_dims)
-        if mixer == "scan":
-            self.mixer = ScanMixer(dim, scan="raster", spatial_dims=spatial_dims, conv="sequence", conv_size=4)
+        self.norm, self.mixer = nn.LayerNorm(dim), make_mixer(dim)
         self.skip_scale = nn.Parameter(torch.ones(1))
         self.proj = nn.Linear(dim, out)
 
@@ -64,10 +64,10 @@ class MambaLayer(nn.Module):
 class ResidualMamba(nn.Module):
     """Norm, ReLU, Mamba layer, twice, and a residual. (B, C, *grid) in and out."""
 
-    def __init__(self, dim: int, spatial_dims: int, mixer: str):
+    def __init__(self, dim: int, make_mixer: Make):
         super().__init__()
-        self.norm1, self.mamba1 = nn.GroupNorm(GROUPS, dim), MambaLayer(dim, dim, spatial_dims, mixer)
-        self.norm2, self.mamba2 = nn.GroupNorm(GROUPS, dim), MambaLayer(dim, dim, spatial_dims, mixer)
+        self.norm1, self.mamba1 = nn.GroupNorm(GROUPS, dim), MambaLayer(dim, dim, make_mixer)
+        self.norm2, self.mamba2 = nn.GroupNorm(GROUPS, dim), MambaLayer(dim, dim, make_mixer)
         self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,6 +100,7 @@ class LightMUNet(Segmenter):
         init_filters: Channels of the first stage, a multiple of 8; they double with every stage.
         blocks_down: Blocks of each stage of the encoder.
         blocks_up: Blocks of each stage of the decoder, the lowest resolution first.
+        scan, scan_options: A registered order.
         mixer: ``"scan"``, or ``"conv"``: a convolution in its place.
     """
 
@@ -112,6 +113,8 @@ class LightMUNet(Segmenter):
         init_filters: int = 8,
         blocks_down: Sequence[int] = (1, 2, 2, 4),
         blocks_up: Sequence[int] = (1, 1, 1),
+        scan: str = "raster",
+        scan_options: Mapping[str, Any] | None = None,
         mixer: str = "scan",
     ):
         stages = len(blocks_down)
@@ -126,10 +129,15 @@ class LightMUNet(Segmenter):
             )
         conv, dims = CONVS[spatial_dims], [init_filters * 2**i for i in range(stages)]
         self.stem = SeparableConv(spatial_dims, in_channels, init_filters)
-        self.enters = nn.ModuleList(MambaLayer(dims[i - 1], dims[i], spatial_dims, mixer) for i in range(1, stages))
+        make_mixer: Make = partial(ConvMixer, spatial_dims=spatial_dims)
+        if mixer == "scan":
+            make_mixer = partial(
+                ScanMixer, scan=scan, scan_options=scan_options, spatial_dims=spatial_dims, conv="sequence", conv_size=4
+            )
+        self.enters = nn.ModuleList(MambaLayer(i, o, make_mixer) for i, o in pairwise(dims))
         self.pool = POOLS[spatial_dims](2)
         self.stages = nn.ModuleList(
-            Blocks(*(ResidualMamba(dim, spatial_dims, mixer) for _ in range(depth)))
+            Blocks(*(ResidualMamba(dim, make_mixer) for _ in range(depth)))
             for dim, depth in zip(dims, blocks_down, strict=True)
         )
         self.ups = nn.ModuleList(conv(2 * dim, dim, 1, bias=False) for dim in dims[-2::-1])

@@ -22,11 +22,13 @@ from timm.layers import Mlp
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from vssm.kernels import selective_scan
+from vssm.layers.again import MadeAgain
 from vssm.layers.conv import CONVS, ConvMixer
 from vssm.layers.instance_norm import InstanceNorm
 from vssm.layers.layout import over_tokens, to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
-from vssm.layers.ssm import ssm_parameters
+from vssm.layers.ssm import decay, ssm_parameters
 from vssm.layers.unetr import ResidualBlock, UpBlock
 from vssm.models.keys import Rule, rename, reshape
 from vssm.models.mamba_keys import mamba_keys
@@ -54,6 +56,39 @@ class SpatialGate(nn.Module):
 
     def unit(self, conv: nn.Module, x: Tensor) -> Tensor:
         return self.act(self.norm(conv(x)))
+
+
+class VolumeMixer(ScanMixer):
+    """A mixer whose backward pass makes two large tensors again: the convolved input of each direction and its steps.
+
+    Both have as many numbers as all that it keeps otherwise, and cost little beside the scan.
+    """
+
+    grad_checkpointing = False  # of the block around it, which then makes everything again
+
+    def mix(self, x: Tensor, z: Tensor | None, grid: Sequence[int]) -> Tensor:
+        if torch.compiler.is_compiling() or self.grad_checkpointing or self.shared or not torch.is_grad_enabled():
+            return super().mix(x, z, grid)
+        table, source, device = self.table(grid, x.device), x.detach(), x.device.type
+        half, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+        def convolved() -> Tensor:
+            with torch.autocast(device, dtype, enabled=half):
+                return self.sequence_conv(source, table, self.revisits)
+
+        def steps() -> Tensor:
+            with torch.autocast(device, dtype, enabled=half):
+                return self.ssm.project(convolved())[0]
+
+        u = self.sequence_conv(x, table, self.revisits)
+        with MadeAgain() as again:
+            delta, B, C = self.ssm.project(again.later(u, convolved))
+            A_log, D, dt_bias = self.ssm.coefficients()
+            y, _ = selective_scan(
+                u, again.later(delta, steps), decay(A_log), B, C, D, z, dt_bias,
+                delta_softplus=True, table=table, merge="sum", revisits=self.revisits,
+            )  # fmt: skip
+        return y
 
 
 class MambaBlock(nn.Module):
@@ -99,6 +134,7 @@ class SegMamba(Segmenter):
         features: Channels of each stage; the first is the width at full resolution too.
         hidden_size: Channels at the lowest resolution of the decoder.
         d_state, expand: States and expansion of the mixers.
+        scan, scan_options: A registered order.
         slices: Of the inter-slice order, for each stage; None takes the depth of the stage's map, so that a slice is a
             plane. As published: 64, 32, 16, 8 whatever the size. A map whose cells do not divide into that many
             slices is refused.
@@ -116,6 +152,8 @@ class SegMamba(Segmenter):
         hidden_size: int = 768,
         d_state: int = 16,
         expand: float = 2.0,
+        scan: str = "interslice",
+        scan_options: Mapping[str, Any] | None = None,
         slices: Sequence[int] | None = None,
         mixer: str = "scan",
     ):
@@ -131,8 +169,8 @@ class SegMamba(Segmenter):
         def make_mixer(stage: int) -> nn.Module:
             if mixer == "conv":
                 return ConvMixer(features[stage], spatial_dims)
-            return ScanMixer(
-                features[stage], scan="interslice", scan_options={"slices": slices[stage]} if slices else None,
+            return VolumeMixer(
+                features[stage], scan=scan, scan_options={"slices": slices[stage]} if slices else scan_options,
                 spatial_dims=spatial_dims, conv="sequence", conv_size=4, d_state=d_state, expand=expand,
             )  # fmt: skip
 

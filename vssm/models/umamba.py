@@ -39,6 +39,7 @@ NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 PLACES = ("bottleneck", "encoder")
 MIXERS = ("scan", "conv")
 Size = tuple[int, ...]
+_mixer = partial(ScanMixer, conv="sequence", conv_size=4)
 
 
 class ConvBlock(nn.Module):
@@ -123,6 +124,7 @@ class UMamba(Segmenter):
         img_size: Size of the images. An encoder's Mamba layer then takes channels as tokens where its map has no more
             cells than channels, as published, and reads images of this size only. None: cells are always the tokens,
             and images may have any size.
+        scan, scan_options: A registered order, where cells are the tokens.
         mixer: ``"scan"``, or ``"conv"``: a convolution in its place, which reads any size.
     """
 
@@ -140,6 +142,8 @@ class UMamba(Segmenter):
         decoder_depths: Sequence[int] = (2, 2, 1),
         deep_supervision: bool = False,
         img_size: Sequence[int] | None = None,
+        scan: str = "raster",
+        scan_options: Mapping[str, Any] | None = None,
         mixer: str = "scan",
     ):
         stages = len(features)
@@ -170,7 +174,14 @@ class UMamba(Segmenter):
         self.mambas = nn.ModuleDict()
         for i in _mamba_stages(mamba, stages, spatial_dims):
             cells = prod(side // n for side, n in zip(img_size, reductions[i])) if img_size else None
-            self.mambas[str(i)] = _mamba_layer(mixer, mamba, features[i], cells, spatial_dims)
+            if mixer == "conv":
+                layer = MambaLayer(features[i], ConvMixer(features[i], spatial_dims))
+            elif mamba == "encoder" and cells is not None and cells <= features[i]:
+                layer = MambaLayer(cells, _mixer(cells, scan="raster", spatial_dims=2), channel_tokens=True)
+            else:
+                cell_mixer = _mixer(features[i], scan=scan, scan_options=scan_options, spatial_dims=spatial_dims)
+                layer = MambaLayer(features[i], cell_mixer)
+            self.mambas[str(i)] = layer
         self.img_size = tuple(img_size) if img_size else None
         whole = not self.img_size or not any(side % n for side, n in zip(self.img_size, self.multiple))
         if self.img_size and (len(self.img_size) != spatial_dims or not whole):
@@ -258,15 +269,6 @@ def _mamba_stages(place: str, stages: int, spatial_dims: int) -> list[int]:
     if place == "bottleneck":
         return [stages - 1]
     return list(range(stages)) if spatial_dims == 3 else [i for i in range(stages) if i % 2 != stages % 2]
-
-
-def _mamba_layer(mixer: str, place: str, dim: int, cells: int | None, spatial_dims: int) -> MambaLayer:
-    if mixer == "conv":
-        return MambaLayer(dim, ConvMixer(dim, spatial_dims))
-    scan = partial(ScanMixer, scan="raster", conv="sequence", conv_size=4)
-    if place == "encoder" and cells is not None and cells <= dim:
-        return MambaLayer(cells, scan(cells, spatial_dims=2), channel_tokens=True)
-    return MambaLayer(dim, scan(dim, spatial_dims=spatial_dims))
 
 
 def _init_conv(module: nn.Module) -> None:
