@@ -16,7 +16,7 @@ from vssm import __version__
 
 __all__ = ["commands", "main"]
 
-EXTRAS = {"train": "train"}  # commands that need more than the core, and the extra that brings it
+EXTRAS = {"predict": "train,medical", "train": "train"}  # commands that need more than the core, and what brings it
 
 
 def commands() -> dict[str, str]:

@@ -34,6 +34,7 @@ class RunReport(Callback):
         self._folder = Path()
         self._drawn = time.monotonic()
         self._started = time.monotonic()
+        self._validated = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -42,11 +43,18 @@ class RunReport(Callback):
         before = self.rows[-1]["seconds"] if self.rows else 0.0
         self._started = time.monotonic() - before
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = False
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = True
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         row["seconds"] = round(time.monotonic() - self._started, 1)
         row["lr"] = max(group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
-        row |= {name: float(value) for name, value in _metrics(trainer).items()}
+        metrics = _metrics(trainer)  # Lightning keeps those of an earlier validation
+        row |= {k: float(v) for k, v in metrics.items() if self._validated or not k.startswith("val/")}
         self.rows.append(row)
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
@@ -106,11 +114,14 @@ def write_table(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_curves(file: Path, rows: list[dict[str, float]]) -> None:
-    """Draw losses on the left and scores on the right, over epochs."""
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if "/" in name]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, title in zip(figure.subplots(1, 2), ("loss", "score"), strict=True):
-        for name in (name for name in names if name.endswith("loss") == (title == "loss")):
+    """Draw losses, scores and, where there are any, distances (names with ``_mm``) beside each other, over epochs."""
+    panels: dict[str, list[str]] = {"loss": [], "score": []}
+    for name in dict.fromkeys(name for row in rows for name in row if "/" in name):
+        kind = "loss" if name.endswith("loss") else "distance (mm)" if "_mm" in name else "score"
+        panels.setdefault(kind, []).append(name)
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
             points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=name)
         axes.set(xlabel="epoch", ylabel=title)

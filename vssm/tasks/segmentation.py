@@ -1,0 +1,378 @@
+"""Segmentation of volumes and slices: Dice and cross-entropy, sliding windows, Dice and HD95 by class."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceCELoss
+from monai.metrics import compute_hausdorff_distance
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from vssm.checkpoints import load_encoder, load_weights
+from vssm.data.volume_files import IMAGE_SUFFIXES, read_volume, suffix_of, write_label
+from vssm.data.volumes import Preparation, Scan
+from vssm.registries.zoo import create_model, list_models
+from vssm.tasks.base import Task, settings
+from vssm.tasks.case_report import CaseReport, Picture
+from vssm.tasks.optimizer import Optimizer, Schedule
+from vssm.tasks.report import PredictionWriter
+from vssm.tasks.sliding import Inference, segment, window_logits
+
+
+@dataclass(frozen=True)
+class Loss:
+    """MONAI's ``DiceCELoss`` on softmax probabilities, the sum of both with these weights.
+
+    Args:
+        dice, ce: Weights.
+        include_background: Let the background count in the Dice term.
+        batch: Take the Dice over the whole batch, not sample by sample.
+        squared: Square the predictions and targets in the denominator.
+    """
+
+    dice: float = 1.0
+    ce: float = 1.0
+    include_background: bool = False
+    batch: bool = False
+    squared: bool = False
+
+    def build(self) -> DiceCELoss:
+        """Make the loss: logits (B, classes, …) and class numbers (B, 1, …) to a number."""
+        return DiceCELoss(
+            include_background=self.include_background,
+            to_onehot_y=True,
+            softmax=True,
+            squared_pred=self.squared,
+            batch=self.batch,
+            lambda_dice=self.dice,
+            lambda_ce=self.ce,
+        )
+
+
+class Segmentation(Task):
+    """Train, validate, test and predict with one segmenter; logits of the input's spatial size.
+
+    Validation runs MONAI's sliding windows on prepared volumes. Test and prediction answer on the grid that each file
+    has, and so compare with its label as it stands.
+
+    Args:
+        model: Name of one of our segmenters (``vssm.list_models(task="segmentation")``), or a module given by
+            ``class_path``, such as MONAI's.
+        out_channels: Number of classes, the background included; those of the data must be as many.
+        in_channels: Channels of the data.
+        model_kwargs: Further arguments of the model, such as ``deep_supervision``.
+        pretrained: Start from the published weights.
+        checkpoint_path: Start from this file instead (``vssm.load_weights``).
+        encoder_weights: Start the encoder from a classifier: a row of the zoo, or a file
+            (``vssm.checkpoints.load_encoder``).
+        loss: See there. Where the model returns a list (deep supervision), finest first, the terms are weighted 1, 1/2,
+            1/4, …, the coarsest with 0, over their sum, as in nnU-Net.
+        inference: Windows of validation, test and prediction.
+        regions: What is scored, by name: a region is a list of class numbers (``{"WT": [1, 2, 3]}``). None scores
+            every class but the background.
+        pictures: How many cases are drawn, each with truth and prediction side by side.
+        optimizer, schedule, ema_decay, ema_warmup: See ``Task``.
+        grad_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: Compile the model with ``torch.compile``.
+    """
+
+    score, score_name = "dice", "mean Dice"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        out_channels: int,
+        in_channels: int = 1,
+        *,
+        model_kwargs: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        checkpoint_path: str | None = None,
+        encoder_weights: str | None = None,
+        loss: Loss = Loss(),
+        inference: Inference = Inference(),
+        regions: dict[str, list[int]] | None = None,
+        pictures: int = 2,
+        optimizer: Optimizer = Optimizer(),
+        schedule: Schedule = Schedule(),
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
+        grad_checkpointing: bool = False,
+        compile: bool = False,
+    ):
+        super().__init__(
+            _build(model, in_channels, out_channels, pretrained, model_kwargs or {}),
+            optimizer=optimizer,
+            schedule=schedule,
+            ema_decay=ema_decay,
+            ema_warmup=ema_warmup,
+            class_names=[str(number) for number in range(out_channels)],
+            classes_argument="out_channels",
+        )
+        self.save_hyperparameters(ignore=["model"] if isinstance(model, nn.Module) else [])
+        if checkpoint_path is not None:
+            load_weights(self.model, checkpoint_path)
+        if encoder_weights is not None:
+            load_encoder(self.model, encoder_weights)
+        if grad_checkpointing:
+            cast(Any, self.model).set_grad_checkpointing(True)
+        if compile:
+            self.model.compile()
+        self.in_channels = in_channels
+        self.criterion = settings(Loss, loss).build()
+        self.inference = settings(Inference, inference)
+        for name, members in (regions or {}).items():
+            if not members or not set(members) <= set(range(out_channels)):
+                raise ValueError(
+                    f"Segmentation: regions must list class numbers 0 … {out_channels - 1}, got {name}: {members}"
+                )
+        self._regions, self.pictures = regions, pictures
+        count = len(self.regions)
+        self.means = nn.ModuleDict(
+            {
+                split: nn.ModuleList([MeanMetric(nan_strategy="ignore") for _ in range(2 * count)])
+                for split in ("val", "test")
+            }
+        )
+        self.val_loss = MeanMetric()
+        self.preparation: Preparation | None = None
+        self.label_values: tuple[int, ...] = ()
+        self.case_rows: list[tuple[int, dict[str, Any]]] = []
+        self.case_pictures: list[Picture] = []
+
+    @property
+    def regions(self) -> Mapping[str, list[int]]:
+        """What is scored: names and class numbers."""
+        return self._regions or {name: [number] for number, name in enumerate(self.class_names) if number}
+
+    def setup(self, stage: str) -> None:
+        """Compare classes and channels of the data with those of the model; take over how volumes are prepared."""
+        super().setup(stage)
+        data = self.trainer.datamodule
+        if data.in_channels not in (None, self.in_channels):
+            raise ValueError(
+                f"Segmentation: in_channels must be the number of channels in the data, {data.in_channels}, got "
+                f"{self.in_channels}; set model.init_args.in_channels={data.in_channels}"
+            )
+        self.preparation = data.preparation
+        self.label_values = data.label_values or self.label_values
+
+    # ---- training ----
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.finite_loss(batch, batch["image"], batch["label"])
+
+    def loss(self, images: Tensor, target: Tensor) -> Tensor:
+        """Return the loss for images (B, C, …) and class numbers (B, …)."""
+        outputs, target = self(images), target.unsqueeze(1).long()
+        if not isinstance(outputs, (list, tuple)):
+            return self.criterion(outputs.float(), target)
+        weights = [0.5**level for level in range(len(outputs))]
+        if len(weights) > 1:
+            weights[-1] = 0.0
+        terms = [
+            weight * self.criterion(logits.float(), _shrunk(target, logits.shape[2:]))
+            for weight, logits in zip(weights, outputs)
+            if weight
+        ]
+        return torch.stack(terms).sum() / sum(weights)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [*super().configure_callbacks(), CaseReport()]
+
+    # ---- evaluation ----
+
+    def validation_step(self, scan: Scan, batch_idx: int) -> None:
+        patch, flat = self.preparation.patch, self.preparation.flat_axis
+        logits = sliding_window_inference(
+            scan.image[None],
+            patch,
+            self.inference.batch_size,
+            lambda windows: window_logits(self.model, windows, flat).float(),
+            overlap=self.inference.overlap,
+            mode="gaussian",
+            sw_device=self.device,
+            device="cpu",
+        )
+        self.val_loss.update(self.criterion(logits, scan.label[None, None].long()).to(self.device))
+        spacing = np.linalg.norm(scan.affine[:3, :3], axis=0)
+        truth, predicted = scan.label.numpy(), logits[0].argmax(0).numpy()
+        self._score("val", scan, truth, predicted, spacing)
+        if len(self.case_pictures) < self.pictures:
+            self.case_pictures.append(
+                Picture.of(scan.case.name, scan.image[0].numpy(), truth, predicted, spacing)
+            )
+
+    def test_step(self, scan: Scan, batch_idx: int) -> None:
+        predicted = segment(self.model, scan, self.preparation.patch, self.inference, device=self.device)
+        spacing = np.linalg.norm(scan.grid_affine[:3, :3], axis=0)
+        self._score("test", scan, scan.own_label, predicted, spacing)
+        if len(self.case_pictures) < self.pictures:
+            image = read_volume(scan.case.images)[0][0]
+            self.case_pictures.append(Picture.of(scan.case.name, image, scan.own_label, predicted, spacing))
+
+    def _score(self, split: str, scan: Scan, truth: np.ndarray, predicted: np.ndarray, spacing_mm: np.ndarray) -> None:
+        """Add a case to the means: Dice and, in millimetres, HD95 of each region."""
+        row: dict[str, Any] = {"case": scan.case.name}
+        means = cast(nn.ModuleList, self.means[split])
+        for number, (name, members) in enumerate(self.regions.items()):
+            a, b = np.isin(truth, members), np.isin(predicted, members)
+            values = {f"dice_{name}": dice(a, b), f"hd95_mm_{name}": hausdorff95_mm(a, b, spacing_mm)}
+            for metric, value in zip(means[2 * number : 2 * number + 2], values.values()):
+                metric.update(value)
+            row |= values
+            row[f"volume_ml_{name}"] = float(b.sum() * spacing_mm.prod() / 1000)
+        self.case_rows.append((scan.index, row))
+
+    def on_validation_epoch_start(self) -> None:
+        self.case_rows, self.case_pictures = [], []
+
+    def on_test_epoch_start(self) -> None:
+        self.case_rows, self.case_pictures = [], []
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/loss", self.val_loss.compute(), sync_dist=True)
+        self.val_loss.reset()
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_means("test")
+
+    def _log_means(self, split: str) -> None:
+        values = []
+        for metric in cast(nn.ModuleList, self.means[split]):
+            values.append(metric.compute())  # over all processes
+            metric.reset()
+        dices, distances = torch.stack(values[0::2]), torch.stack(values[1::2])
+        named = {f"{split}/dice_{name}": value for name, value in zip(self.regions, dices)}
+        named |= {f"{split}/hd95_mm_{name}": value for name, value in zip(self.regions, distances)}
+        self.log_dict(named, sync_dist=True)
+        means = {f"{split}/dice": dices.nanmean(), f"{split}/hd95_mm": distances.nanmean()}
+        self.log_dict(means, prog_bar=True, sync_dist=True)
+
+    # ---- prediction ----
+
+    def predict_step(self, scan: Scan, batch_idx: int) -> dict[str, Any]:
+        """Write the classes of a volume beside the table of predictions, on the volume's own grid."""
+        tables = [Path(c.path) for c in self.trainer.callbacks if isinstance(c, PredictionWriter)]
+        folder = tables[0].with_suffix("") if tables else Path("predictions")
+        predicted = segment(self.model, scan, self.preparation.patch, self.inference, device=self.device)
+        file = write_prediction(folder, scan, predicted, self.label_values)
+        return {"index": scan.index, "file": str(file), "volumes_ml": self.volumes_ml(scan, predicted)}
+
+    def prediction_rows(self, outputs: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+        """Return the file that was written for a volume, and the volume of each region."""
+        return [(outputs["index"], {"prediction": outputs["file"], **outputs["volumes_ml"]})]
+
+    def volumes_ml(self, scan: Scan, predicted: np.ndarray) -> dict[str, float]:
+        """Return the volume of each region in millilitres."""
+        voxel_ml = abs(np.linalg.det(scan.grid_affine[:3, :3])) / 1000
+        return {
+            f"volume_ml_{name}": round(sum(int((predicted == number).sum()) for number in members) * voxel_ml, 4)
+            for name, members in self.regions.items()
+        }
+
+    # ---- checkpoints ----
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["preparation"] = asdict(self.preparation) if self.preparation else None
+        checkpoint["label_values"] = list(self.label_values)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("preparation")
+        if saved is None:
+            return
+        trained = Preparation(**saved)
+        differing = [
+            f"{name} {value} instead of {asdict(trained)[name]}"
+            for name, value in asdict(self.preparation or trained).items()
+            if name != "patch" and value != asdict(trained)[name]
+        ]
+        if differing:
+            raise ValueError(
+                "Segmentation: volumes must be prepared as for training, got "
+                f"{'; '.join(differing)}; restore data.init_args.preparation"
+            )
+        self.preparation = self.preparation or trained
+        self.label_values = self.label_values or tuple(checkpoint["label_values"])
+
+
+def write_prediction(folder: Path, scan: Scan, predicted: np.ndarray, values: tuple[int, ...]) -> Path:
+    """Write class numbers as the label values that the training data have, as NIfTI or PNG; return the file."""
+    if values and tuple(values) != tuple(range(len(values))):
+        kind = np.uint8 if min(values) >= 0 and max(values) < 256 else np.int16
+        predicted = np.asarray(values, dtype=kind)[predicted]
+    like = scan.case.images[0]
+    file = folder / f"{scan.case.name}{'.png' if suffix_of(like) in IMAGE_SUFFIXES else '.nii.gz'}"
+    write_label(file, predicted, like)
+    return file
+
+
+def dice(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Return twice the overlap over the sum of the sizes of two masks; NaN if both are empty.
+
+    >>> dice(np.array([True, True, False]), np.array([True, False, False]))
+    0.6666666666666666
+    """
+    total = int(truth.sum()) + int(predicted.sum())
+    return 2 * int((truth & predicted).sum()) / total if total else float("nan")
+
+
+def hausdorff95_mm(truth: np.ndarray, predicted: np.ndarray, spacing_mm: np.ndarray) -> float:
+    """Return the 95th percentile of the distances between two surfaces, the larger of both ways, by MONAI.
+
+    NaN if either mask is empty: there is no distance then. Axes of one voxel are left out.
+    """
+    if not truth.any() or not predicted.any():
+        return float("nan")
+    thick = [axis for axis, n in enumerate(truth.shape) if n > 1]
+    either = np.nonzero(truth | predicted)
+    box = tuple(slice(max(int(i.min()) - 1, 0), int(i.max()) + 2) for i in either)  # beyond it nothing changes
+    flat = tuple(axis for axis in range(truth.ndim) if axis not in thick)
+    a, b = (torch.from_numpy(np.ascontiguousarray(mask[box].squeeze(flat)))[None, None] for mask in (truth, predicted))
+    spacing = [float(spacing_mm[axis]) for axis in thick]
+    return float(compute_hausdorff_distance(b, a, include_background=True, percentile=95, spacing=spacing)[0, 0])
+
+
+def _shrunk(target: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Class numbers (B, 1, …) on a coarser grid, taken from the nearest voxel."""
+    return target if target.shape[2:] == size else F.interpolate(target.float(), size, mode="nearest-exact").long()
+
+
+def _build(
+    model: str | nn.Module, in_channels: int, out_channels: int, pretrained: bool, kwargs: dict[str, Any]
+) -> nn.Module:
+    if isinstance(model, nn.Module):
+        if pretrained or kwargs:
+            raise ValueError(
+                "Segmentation: pretrained and model_kwargs are for models given by name, got a "
+                f"{type(model).__name__}; give its arguments under model.init_args.model.init_args"
+            )
+        return model
+    beside = {"in_channels", "out_channels", "pretrained"} & set(kwargs)
+    if beside:
+        raise ValueError(f"Segmentation: {', '.join(sorted(beside))} stand beside model_kwargs, got them inside it")
+    known = list_models(task="segmentation")
+    if model.partition(".")[0] not in known:
+        near = difflib.get_close_matches(model, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`vssm models` names them"
+        raise ValueError(f"Segmentation: no segmenter named {model!r}; {hint}")
+    try:
+        return create_model(
+            model, pretrained=pretrained, in_channels=in_channels, out_channels=out_channels, **kwargs
+        )
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"Segmentation: model_kwargs do not fit {model}: {error}") from error
