@@ -1,7 +1,7 @@
 """The 2D scan on a GPU, in Triton: launches. The kernels are in ``triton_kernels.py``, the equations in ``torch.py``.
 
 One program a sample and block of channels walks the whole grid. The forward pass keeps one row of states for each; the
-backward pass keeps every R-th row, R about the square root of h, and the R rows of the band it works on. It takes as
+backward pass keeps every R-th row, R about the square root of h, and the rows of the band it works on. It takes as
 many samples at a time as fit in WORKSPACE: more samples fill a GPU better, fewer need less memory.
 """
 
@@ -17,31 +17,31 @@ from torch import Tensor
 from vssm.kernels.scan2d.problem import Problem
 from vssm.kernels.scan2d.triton_kernels import gradients, outputs
 
-TILE = 512  # states of one cell that a program holds: channels times states
-FORWARD, BACKWARD = (8, 16), (8, 16)  # cells of a tile, warps: 8 states a thread; twice as many spill registers
-WORKSPACE = 1.0  # the backward pass may use this many float32 copies of u as scratch; one sample is always allowed
+FORWARD, BACKWARD = (128, 1), (512, 4)  # states of one cell that a program holds (channels times states), warps
+AHEAD = 2  # cells whose inputs are loaded before they are used
+WORKSPACE = 1.3  # the backward pass may use this many float32 copies of u as scratch; one sample is always allowed
 
 
 def forward(p: Problem) -> Tensor:
     """y (b, h, w, d) in the dtype of u."""
-    cells, warps = FORWARD
-    block_n, block_d, blocks = _blocks(p)
+    tile, warps = FORWARD
+    block_n, block_d, blocks = _blocks(p, tile)
     maps = [x.flatten(1, 2) for x in (p.u, p.delta_top, p.delta_left, p.B_top, p.B_left, p.C)]
     y = torch.empty(p.u.shape, dtype=p.u.dtype, device=p.u.device)
     lines = torch.empty(p.b * blocks, p.w, block_n, block_d, dtype=torch.float32, device=p.u.device)
     with _current(p.u.device):
         outputs[(p.b * blocks,)](
             *maps[:3], p.A_top.contiguous(), p.A_left.contiguous(), *maps[3:], p.D, y, lines,
-            *_strides(maps), p.h, p.w, p.d, p.n,
-            p.delta_softplus, p.reverse, cells, block_n, block_d, num_warps=warps,
+            *_strides(maps), p.h, p.w, p.d, p.n, 1,
+            p.delta_softplus, p.reverse, AHEAD, block_n, block_d, num_warps=warps,
         )  # fmt: skip
     return y
 
 
 def backward(p: Problem, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta_top, delta_left, A_top, A_left, B_top, B_left, C and D."""
-    cells, warps = BACKWARD
-    block_n, block_d, blocks = _blocks(p)
+    tile, warps = BACKWARD
+    block_n, block_d, blocks = _blocks(p, tile)
     band = math.isqrt(p.h - 1) + 1
     lines = band + triton.cdiv(p.h, band)
     device, l = p.u.device, p.h * p.w
@@ -54,9 +54,10 @@ def backward(p: Problem, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     dA_top, dA_left = torch.empty(2, p.b, p.d, p.n, dtype=torch.float32, device=device)
     dD = None if p.D is None else torch.empty(p.b, p.d, dtype=torch.float32, device=device)
 
-    needed = blocks * (lines * p.w * block_n * block_d + 3 * l * p.n)  # floats of scratch memory for one sample
-    samples = min(p.b, max(1, int(WORKSPACE * p.u.numel()) // needed))
-    scratch = torch.empty(samples * blocks, lines, p.w, block_n, block_d, dtype=torch.float32, device=device)
+    kept = p.u.dtype if p.u.dtype == torch.bfloat16 else torch.float32  # rows of states, and what adjoints send
+    needed = blocks * (lines * p.w * block_n * block_d * kept.itemsize + 3 * l * p.n * 4)  # scratch bytes of a sample
+    samples = min(p.b, max(1, int(WORKSPACE * p.u.numel() * 4) // needed))
+    scratch = torch.empty(samples * blocks, lines, p.w, block_n, block_d, dtype=kept, device=device)
     parts = torch.empty(3, samples, blocks, l, p.n, dtype=torch.float32, device=device)  # of B_top, B_left, C
     for start in range(0, p.b, samples):
         part = slice(start, min(start + samples, p.b))
@@ -67,8 +68,8 @@ def backward(p: Problem, grad_y: Tensor) -> tuple[Tensor | None, ...]:
                 u, delta_top, delta_left, A_top, A_left, B_top, B_left, C, p.D, dy, scratch,
                 du[part], ddelta_top[part], ddelta_left[part], dA_top[part], dA_left[part], *parts,
                 None if dD is None else dD[part],
-                *_strides(maps), p.h, p.w, p.d, p.n, band,
-                p.delta_softplus, p.reverse, cells, block_n, block_d, num_warps=warps,
+                *_strides(maps), p.h, p.w, p.d, p.n, band, 1,
+                p.delta_softplus, p.reverse, AHEAD, block_n, block_d, num_warps=warps,
             )  # fmt: skip
         for total, of_blocks in zip((dB_top, dB_left, dC), parts):
             total[part] = of_blocks[:count].sum(1).view(total[part].shape)
@@ -76,10 +77,10 @@ def backward(p: Problem, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return du, ddelta_top, ddelta_left, dA_top, dA_left, dB_top, dB_left, dC, dD
 
 
-def _blocks(p: Problem) -> tuple[int, int, int]:
+def _blocks(p: Problem, tile: int) -> tuple[int, int, int]:
     """States and channels of a program, powers of two, and programs for the channels of one sample."""
     block_n = triton.next_power_of_2(p.n)
-    block_d = min(max(TILE // block_n, 8), 128, triton.next_power_of_2(p.d))
+    block_d = min(max(tile // block_n, 8), 128, triton.next_power_of_2(p.d))
     return block_n, block_d, triton.cdiv(p.d, block_d)
 
 
