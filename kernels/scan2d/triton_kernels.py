@@ -7,8 +7,8 @@ every sum has one order. What the next AHEAD cells need is loaded before it is u
 
 The adjoint walks the same way from the last cell to the first.
 
-A step is short, so nothing may wait: every tensor has the tile's layout, channels as (BLOCK_D, 1), states as
-whole tiles, and threads exchange values only where they sum. Addresses are multiplied by ``one``, which the compiler takes
+A step is short, so nothing may wait: every tensor has the tile's layout, channels as (BLOCK_D, 1), states as whole
+tiles, and threads exchange values only where they sum. Addresses are multiplied by ``one``, which the compiler takes
 for any number: otherwise it chooses wider loads in another layout, and moves every step's tile through shared memory.
 """
 
