@@ -145,3 +145,5 @@ def test_prediction_needs_images(folder, tmp_path):
     found = scenes(folder, "predict", predict=str(folder / "images" / "validation"))["predict"]
     assert len(found.names) == 3
     assert "label" not in found[0]
+    with pytest.raises(ValueError, match="must have different names, got 00 more than once"):
+        scenes(folder, "predict", predict=str(folder / "images"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,7 +257,14 @@ class SceneFolder(OrderedData):
         """Find the images of a stage, and check them."""
         self.class_names = self.names
         if stage == "predict":
-            self.data["predict"] = self._scenes(image_files("SceneFolder", self.predict), None, training=False)
+            files = image_files("SceneFolder", self.predict)
+            twice = [name for name, count in Counter(file.stem for file in files).items() if count > 1]
+            if twice:                                       # label maps are named after images
+                raise ValueError(
+                    f"SceneFolder: images to predict must have different names, got {twice[0]} more than once; predict "
+                    "their folders one by one"
+                )
+            self.data["predict"] = self._scenes(files, None, training=False)
             return
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
             self.data[split] = self._scenes(*self._pairs(split), training=split == "train")
