@@ -1,4 +1,4 @@
-"""SegMamba and U-Mamba on a GPU: half precision stays finite and learns; the memory of a training step at 128 voxels."""
+"""SegMamba and U-Mamba on a GPU: half precision stays finite and learns; memory of a training step at 128 voxels."""
 
 from __future__ import annotations
 

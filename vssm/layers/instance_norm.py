@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vssm.layers.layout import to_map, to_tokens
+
 
 class InstanceNorm(nn.Module):
     """Instance normalisation without parameters, a residual and a leaky ReLU behind it. (B, C, *grid) in and out.
@@ -49,16 +51,13 @@ class InstanceNorm(nn.Module):
 class _InstanceNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, slope: float, eps: float) -> Tensor:
-        rows = _rows(x)
-        one, zero = _constant(rows, 1.0), _constant(rows, 0.0)              # float32: the statistics get their dtype
-        y, _, scale = torch.native_batch_norm(rows, one, zero, None, None, True, 0.0, eps)
-        y = y.view(x.shape)
+        y, scale = _normalised(x, eps)
         if residual is not None:
             y += residual
         if slope != 1:
             y = nn.functional.leaky_relu_(y, slope)
         ctx.save_for_backward(y, residual, scale)
-        ctx.slope, ctx.eps = slope, eps
+        ctx.slope = slope
         return y
 
     @staticmethod
@@ -69,20 +68,45 @@ class _InstanceNorm(torch.autograd.Function):
             grad = torch.ops.aten.leaky_relu_backward(grad, y, ctx.slope, True)
             y = nn.functional.leaky_relu(y, 1 / ctx.slope)
         normed = y if residual is None else y - residual
-        rows = _rows(normed)
-        # The gradient of normalising what has mean 0 and variance 1 already, times the scale that made it so.
-        grad_x, _, _ = torch.ops.aten.native_batch_norm_backward(
-            _rows(grad), rows, scale, None, None, _constant(rows, 0.0), _constant(rows, 1.0), True, ctx.eps,
-            [True, False, False],
-        )  # fmt: skip
-        return grad_x.view(y.shape), None if residual is None else grad, None, None
+        return _gradient(grad, normed, scale), None if residual is None else grad, None, None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B, C, *grid) as one sample of B C channels, (1, B C, L)."""
-    return x.contiguous().view(1, x.shape[0] * x.shape[1], -1)
+def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x`` with mean 0 and variance 1, in its layout, and what it was multiplied with, (samples, channels)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32    # of the statistics
+    if not _channels_last(x):
+        rows = x.contiguous().view(1, x.shape[0] * x.shape[1], -1)
+        one, zero = _constants(rows.shape[1], dtype, x.device)
+        y, _, scale = torch.native_batch_norm(rows, one, zero, None, None, True, 0.0, eps)
+        return y.view(x.shape), scale[None]
+    y, (one, zero) = torch.empty_like(x), _constants(x.shape[1], dtype, x.device)
+    mean, scale = zero.clone(), torch.empty(x.shape[:2], dtype=dtype, device=x.device)
+    for source, target, scale_of in zip(to_tokens(x), to_tokens(y), scale, strict=True):
+        torch.ops.aten.native_batch_norm.out(
+            source, one, zero, None, None, True, 0.0, eps, out=target, save_mean=mean, save_invstd=scale_of
+        )
+    return y, scale
 
 
-def _constant(rows: Tensor, value: float) -> Tensor:
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return torch.full((rows.shape[1],), value, dtype=dtype, device=rows.device)
+def _gradient(grad: Tensor, normed: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of ``_normalised``: of normalising what has mean 0 and variance 1 already, times the scale."""
+    if not _channels_last(normed):
+        rows = (1, normed.shape[0] * normed.shape[1], -1)
+        return _row_gradient(grad.contiguous().view(rows), normed.contiguous().view(rows), scale[0]).view(normed.shape)
+    samples = zip(to_tokens(grad), to_tokens(normed), scale, strict=True)
+    grads = [_row_gradient(part.contiguous(), sample, scale_of) for part, sample, scale_of in samples]
+    return to_map(grads[0][None] if len(grads) == 1 else torch.stack(grads), normed.shape[2:])
+
+
+def _row_gradient(grad: Tensor, normed: Tensor, scale: Tensor) -> Tensor:
+    one, zero = _constants(len(scale), scale.dtype, scale.device)
+    mask = [True, False, False]
+    return torch.ops.aten.native_batch_norm_backward(grad, normed, scale, None, None, zero, one, True, 0.0, mask)[0]
+
+
+def _channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _constants(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.ones(count, dtype=dtype, device=device), torch.zeros(count, dtype=dtype, device=device)

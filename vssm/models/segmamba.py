@@ -13,6 +13,7 @@ uncertainty is estimated; the MLP is no part of the trunk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -67,7 +68,7 @@ class VolumeMixer(ScanMixer):
     grad_checkpointing = False  # of the block around it, which then makes everything again
 
     def mix(self, x: Tensor, z: Tensor | None, grid: Sequence[int]) -> Tensor:
-        if torch.compiler.is_compiling() or self.grad_checkpointing or self.shared or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or self.shared:
             return super().mix(x, z, grid)
         table, source, device = self.table(grid, x.device), x.detach(), x.device.type
         half, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -78,17 +79,26 @@ class VolumeMixer(ScanMixer):
 
         def steps() -> Tensor:
             with torch.autocast(device, dtype, enabled=half):
-                return self.ssm.project(convolved())[0]
+                return self.project(convolved())[0]
 
-        u = self.sequence_conv(x, table, self.revisits)
-        with MadeAgain() as again:
-            delta, B, C = self.ssm.project(again.later(u, convolved))
+        u, again = self.sequence_conv(x, table, self.revisits), MadeAgain()
+        with nullcontext() if self.grad_checkpointing or not torch.is_grad_enabled() else again:
+            delta, B, C = self.project(again.later(u, convolved))
             A_log, D, dt_bias = self.ssm.coefficients()
             y, _ = selective_scan(
                 u, again.later(delta, steps), decay(A_log), B, C, D, z, dt_bias,
                 delta_softplus=True, table=table, merge="sum", revisits=self.revisits,
             )  # fmt: skip
         return y
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The projections of the SSM, filled up with zeros to widths that matrix units of GPUs read at full speed."""
+        rank, states, _ = self.ssm.splits
+        dt, gates = self.ssm.x_proj.split((rank, 2 * states), 1)
+        fill = -(rank + 2 * states) % 8
+        low = u @ torch.cat([gates, nn.functional.pad(dt, (0, 0, 0, fill))], 1).mT
+        B, C, steps = low.split((states, states, rank + fill), -1)
+        return steps @ nn.functional.pad(self.ssm.dt_weight, (0, fill)).mT, B, C
 
 
 class MambaBlock(nn.Module):
@@ -120,6 +130,12 @@ class Stage(nn.Module):
 
     def branch(self, x: Tensor) -> Tensor:
         return over_tokens(self.mlp, self.norm(x))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` with its channels last in memory, which its convolutions hand on; also if it has one channel."""
+    layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return torch.empty_like(x, memory_format=layout).copy_(x)
 
 
 class SegMamba(Segmenter):
@@ -219,6 +235,8 @@ class SegMamba(Segmenter):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
+        if x.is_cuda:
+            x = channels_last(x)
         return self.decode(x, self.encode(x))
 
     def decode(self, x: Tensor, branches: Sequence[Tensor]) -> Tensor:
