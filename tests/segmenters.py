@@ -9,6 +9,7 @@ import pytest
 import torch
 from tolerance import TOLERANCE, error
 from torch import Tensor, nn
+from torch.export import Dim
 
 import vssm
 from vssm.layers.ssm import SelectiveSSM
@@ -23,6 +24,7 @@ class Segmenter:
     twin: ClassVar[dict[str, Any]] = {"mixer": "conv"}          # arguments that take the Mamba out
     spatial_dims: tuple[int, ...] = (2, 3)
     multiple = 32                                               # of sides
+    open_axes: tuple[int, ...] = (0,)                           # whose sizes an exported model leaves open
     exported: ClassVar[dict[str, Any]] = {}                     # arguments that make a shallow one, quick to export
     repeats = False                                             # one channel will do for several
 
@@ -122,12 +124,16 @@ class Segmenter:
         with torch.no_grad():
             assert error(self.logits(model(x))[1:2], self.logits(model(x[1:2]))) < TOLERANCE[torch.float32]
 
-    def test_exports_with_an_open_batch(self):
+    @pytest.mark.parametrize(
+        "open_sides", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["open_batch", "open_sides"]
+    )
+    def test_exports_with_open_sizes(self, open_sides):
+        axes = self.open_axes if open_sides else (0,)
         model, x = self.build(**self.exported).eval(), self.images()
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
-        larger = self.images(batch=3)
+        program = torch.export.export(model, (x,), dynamic_shapes=(dict.fromkeys(axes, Dim.AUTO),)).module()
+        other = self.images(batch=3, cells=(3, 2) if axes == (0,) else (2, 4))
         with torch.no_grad():
-            assert error(self.logits(program(larger)), self.logits(model(larger))) < TOLERANCE[torch.float32]
+            assert error(self.logits(program(other)), self.logits(model(other))) < TOLERANCE[torch.float32]
 
     def test_is_made_on_the_meta_device(self):
         with torch.device("meta"):

@@ -25,6 +25,7 @@ class TestMHSUNet(Segmenter):
     name = "test_mhsunet"
     spatial_dims = (2,)
     repeats = True
+    open_axes = (0, 2, 3)
     exported: ClassVar = {"depths": (1, 1), "decoder_depths": (1, 1)}
 
 

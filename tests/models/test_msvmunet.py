@@ -24,6 +24,7 @@ ENTRY = "model/__init__.py:MSVMUNet"
 class TestMSVMUNet(Segmenter):
     name = "test_msvmunet"
     repeats = True
+    open_axes = (0, 2, 3)
     exported: ClassVar = {"depths": (1, 1)}
 
 

@@ -23,11 +23,13 @@ NETS = "swin_umamba/nnunetv2/nets/"
 
 class TestSwinUMamba(Segmenter):
     name = "test_swinumamba"
+    open_axes = (0, 2, 3)
     exported: ClassVar = {"depths": (1, 1), "features": (4, 8, 8)}
 
 
 class TestSwinUMambaD(Segmenter):
     name = "test_swinumamba_d"
+    open_axes = (0, 2, 3)
     exported: ClassVar = {"depths": (1, 1)}
 
 

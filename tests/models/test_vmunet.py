@@ -25,6 +25,7 @@ ENTRY = "models/vmunet/vmunet.py:VMUNet"
 class TestVMUNet(Segmenter):
     name = "test_vmunet"
     repeats = True
+    open_axes = (0, 2, 3)
     exported: ClassVar = {"depths": (1, 1), "decoder_depths": (1, 1)}
 
 

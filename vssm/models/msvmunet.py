@@ -208,7 +208,7 @@ def _variant(name: str, description: str, **kwargs: Any) -> Variant:
     return Variant(name, MSVMUNet, kwargs, KEYS, task="segmentation", description=description)
 
 
-ENCODERS = {  # published name -> depths and drop path
+ENCODERS: dict[str, dict[str, Any]] = {  # published name -> depths and drop path
     "tiny_0230s": {"depths": (2, 2, 8, 2), "drop_path_rate": 0.2},
     "small_0229s": {"depths": (2, 2, 20, 2), "drop_path_rate": 0.3},
 }

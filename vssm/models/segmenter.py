@@ -6,16 +6,14 @@ Images are (B, C, H, W) or (B, C, D, H, W); logits have the size of the image.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-Part = TypeVar("Part")
 
-
-def chosen(who: str, argument: str, value: str, parts: Mapping[str, Part]) -> Part:
+def chosen(who: str, argument: str, value: str, parts: Mapping[str, Any]) -> Any:
     """The part that an argument names.
 
     Raises:

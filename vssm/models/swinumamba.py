@@ -256,7 +256,7 @@ class SwinUMambaD(_Supervised):
 
 def _kaiming_convolution(module: nn.Module) -> None:
     """As the published network starts: convolutions, depthwise and patch embedding included, without bias."""
-    if isinstance(module, tuple(CONVS.values())):
+    if isinstance(module, (nn.Conv2d, nn.Conv3d)):
         nn.init.kaiming_normal_(module.weight, a=0.01)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
