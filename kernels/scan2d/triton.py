@@ -19,7 +19,7 @@ from vssm.kernels.scan2d.triton_kernels import gradients, outputs
 
 FORWARD, BACKWARD = (128, 1), (512, 4)  # states of one cell that a program holds (channels times states), warps
 AHEAD = 2  # cells whose inputs are loaded before they are used
-WORKSPACE = 1.3  # the backward pass may use this many float32 copies of u as scratch; one sample is always allowed
+WORKSPACE = 1.32  # the backward pass may use this many float32 copies of u as scratch; one sample is always allowed
 
 
 def forward(p: Problem) -> Tensor:
@@ -43,7 +43,7 @@ def backward(p: Problem, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     tile, warps = BACKWARD
     block_n, block_d, blocks = _blocks(p, tile)
     band = math.isqrt(p.h - 1) + 1
-    lines = band + triton.cdiv(p.h, band)
+    lines = band - 1 + triton.cdiv(p.h, band)
     device, l = p.u.device, p.h * p.w
     maps = [x.flatten(1, 2) for x in (p.u, p.delta_top, p.delta_left, p.B_top, p.B_left, p.C, grad_y)]
     A_top, A_left = p.A_top.contiguous(), p.A_left.contiguous()
@@ -54,10 +54,12 @@ def backward(p: Problem, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     dA_top, dA_left = torch.empty(2, p.b, p.d, p.n, dtype=torch.float32, device=device)
     dD = None if p.D is None else torch.empty(p.b, p.d, dtype=torch.float32, device=device)
 
-    kept = p.u.dtype if p.u.dtype == torch.bfloat16 else torch.float32  # rows of states, and what adjoints send
-    needed = blocks * (lines * p.w * block_n * block_d * kept.itemsize + 3 * l * p.n * 4)  # scratch bytes of a sample
+    kept = p.u.dtype if p.u.dtype == torch.bfloat16 else torch.float32  # rows of states
+    row = p.w * block_n * block_d
+    needed = blocks * (row * (lines * kept.itemsize + 4) + 3 * l * p.n * 4)  # scratch bytes of a sample
     samples = min(p.b, max(1, int(WORKSPACE * p.u.numel() * 4) // needed))
     scratch = torch.empty(samples * blocks, lines, p.w, block_n, block_d, dtype=kept, device=device)
+    messages = torch.empty(samples * blocks, row, dtype=torch.float32, device=device)
     parts = torch.empty(3, samples, blocks, l, p.n, dtype=torch.float32, device=device)  # of B_top, B_left, C
     for start in range(0, p.b, samples):
         part = slice(start, min(start + samples, p.b))
@@ -65,7 +67,7 @@ def backward(p: Problem, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         u, delta_top, delta_left, B_top, B_left, C, dy = (x[part] for x in maps)
         with _current(device):
             gradients[(count * blocks,)](
-                u, delta_top, delta_left, A_top, A_left, B_top, B_left, C, p.D, dy, scratch,
+                u, delta_top, delta_left, A_top, A_left, B_top, B_left, C, p.D, dy, scratch, messages,
                 du[part], ddelta_top[part], ddelta_left[part], dA_top[part], dA_left[part], *parts,
                 None if dD is None else dD[part],
                 *_strides(maps), p.h, p.w, p.d, p.n, band, 1,

@@ -193,15 +193,15 @@ def add(x1, y1, z1, x2, y2, z2):
 
 @triton.jit(do_not_specialize=VARY)
 def gradients(
-    u, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, dy, lines,
+    u, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, dy, lines, messages,
     du, ddelta_top, ddelta_left, dA_top, dA_left, dB_top, dB_left, dC, dD,
     u_b, u_l, top_b, top_l, left_b, left_l, Bt_b, Bt_l, Bl_b, Bl_l, C_b, C_l, g_b, g_l, h, w, d, n, band, one,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """du, ddelta (b, h·w, d); dA (b, d, n), dD (b, d) by sample; dB, dC (b, blocks, h·w, n) by block of channels.
 
-    ``lines`` holds for each program the rows of a band but its last, the last row of every band, and the messages that
-    the adjoint sends to the row above.
+    ``lines`` holds for each program the rows of a band but its last, and the last row of every band; ``messages`` a row
+    of what the adjoint sends to the row above.
     """
     program, blocks, cells = tl.program_id(0).to(tl.int64), tl.cdiv(d, BLOCK_D), h * w
     b, block = program // blocks, program % blocks
@@ -221,7 +221,8 @@ def gradients(
     dC, _ = first(dC + program * cells * n, n, cells, REVERSE)
     a_top, a_left = rates(A_top, channel, state, in_d & in_n, n), rates(A_left, channel, state, in_d & in_n, n)
     bands = tl.cdiv(h, band)
-    lines += program * (band + bands) * w * (BLOCK_N * BLOCK_D)
+    lines += program * (band - 1 + bands) * w * (BLOCK_N * BLOCK_D)
+    messages += program * w * (BLOCK_N * BLOCK_D)
     walk(  # once through all but the last band, for the last row of each
         0, (bands - 1) * band, lines, band,
         u, delta_top, delta_left, B_top, B_left, C, None, None, a_top, a_left,
@@ -229,7 +230,6 @@ def gradients(
         channel, state, in_d, in_n, tile, h, w, SOFTPLUS, True, AHEAD, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
-    down = band - 1 + bands
     once = in_n & (channel == block.to(tl.int32) * BLOCK_D)  # sums over channels are written by one thread
     nothing = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     sum_top, sum_left = tl.zeros((BLOCK_D, BLOCK_N), tl.float32), tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
@@ -260,12 +260,12 @@ def gradients(
             carry = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)  # what the cell to the right sends
             states = states_at(lines, here, w - 1, True, w, tile, BLOCK_N, BLOCK_D)
             top = states_at(lines, above, w - 1, i > 0, w, tile, BLOCK_N, BLOCK_D)
-            below = states_at(lines, down, w - 1, i < h - 1, w, tile, BLOCK_N, BLOCK_D)
+            below = states_at(messages, 0, w - 1, i < h - 1, w, tile, BLOCK_N, BLOCK_D)
             for back in range(w):
                 j = w - 1 - back
                 left = states_at(lines, here, j - 1, j > 0, w, tile, BLOCK_N, BLOCK_D)
                 top_next = states_at(lines, above, j - 1, (i > 0) & (j > 0), w, tile, BLOCK_N, BLOCK_D)
-                below_next = states_at(lines, down, j - 1, (i < h - 1) & (j > 0), w, tile, BLOCK_N, BLOCK_D)
+                below_next = states_at(messages, 0, j - 1, (i < h - 1) & (j > 0), w, tile, BLOCK_N, BLOCK_D)
                 step_top, step_left = step_size(tops[0], SOFTPLUS), step_size(lefts[0], SOFTPLUS)
                 x, g = xs[0].to(tl.float32), gs[0].to(tl.float32)
                 c_top, c_left = weights(i, j)
@@ -274,7 +274,7 @@ def gradients(
                 lam = Cs[0].to(tl.float32) * g + below + carry
                 carry = (c_left * tl.exp2(step_left * a_left)) * lam
                 send = (c_top * tl.exp2(step_top * a_top)) * lam
-                tl.store(line_at(lines, down, j, w, tile, BLOCK_N, BLOCK_D), send)
+                tl.store(line_at(messages, 0, j, w, tile, BLOCK_N, BLOCK_D), send)
 
                 # delta and A, through the decays: the states before
                 through_top, through_left = send * top, carry * left

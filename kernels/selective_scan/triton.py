@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def plan(b: int, k: int, t: int, d: int, n: int, half: bool, gluon: bool, units: int, backward: bool) -> Plan:
+def plan(b: int, k: int, t: int, d: int, n: int, bfloat16: bool, gluon: bool, units: int, backward: bool) -> Plan:
     """Tiles by the number of states; chunks so that the programs fill the device. Measured on an H100.
 
     A thread holds 16 states where a channel has that many (more would leave too few registers for the steps in flight);
@@ -73,7 +73,7 @@ def plan(b: int, k: int, t: int, d: int, n: int, half: bool, gluon: bool, units:
     block_n = power_of_2(n)
     block_d = 128 if block_n == 1 and d > 64 else 64 if block_n == 1 and d > 32 else 32
     warps = max(1, min(8, block_n // 16))
-    every = interval(n, d, half)
+    every = interval(n, d, bfloat16)
     if gluon:
         steps, registers = (every, 128) if backward else (16 if n == 16 else 8, None)
         resident, enough = (BACKWARD if backward else FORWARD)[n == 1]
@@ -97,21 +97,21 @@ def plan(b: int, k: int, t: int, d: int, n: int, half: bool, gluon: bool, units:
 FORWARD, BACKWARD = ((16, 5), (16, 5)), ((16, 12), (12, 5))
 
 
-def interval(n: int, d: int, half: bool) -> int:
+def interval(n: int, d: int, bfloat16: bool) -> int:
     """Steps between the states that the forward keeps; up to 32 states they take 4 bytes a step and channel at most."""
-    return 8 if compact(n, d, half) else max(16, min(64, 2 * power_of_2(n)))
+    return 8 if compact(n, d, bfloat16) else max(16, min(64, 2 * power_of_2(n)))
 
 
-def compact(n: int, d: int, half: bool) -> bool:
-    """Whether states are kept as the kernels in Gluon want them, in 16 bits; those kernels may still not fit."""
-    return half and n in (1, 16) and d % 8 == 0
+def compact(n: int, d: int, bfloat16: bool) -> bool:
+    """Whether states are kept as the kernels in Gluon want them, as bfloat16; those kernels may still not fit."""
+    return bfloat16 and n in (1, 16) and d % 8 == 0
 
 
 def saved(b: int, k: int, t: int, d: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of the states that the backward starts its intervals from; ``dtype`` is that of u."""
-    half = dtype != torch.float32
-    every = interval(n, d, half)
-    return (b, k, (t + every - 1) // every, n, d), torch.bfloat16 if compact(n, d, half) else torch.float32
+    bfloat16 = dtype == torch.bfloat16
+    every = interval(n, d, bfloat16)
+    return (b, k, (t + every - 1) // every, n, d), torch.bfloat16 if compact(n, d, bfloat16) else torch.float32
 
 
 class Kernels(NamedTuple):
@@ -144,8 +144,11 @@ def _gluon(device: torch.device) -> Kernels | None:
 
 
 def fitting(p: Problem) -> Kernels:
-    """Those in Gluon for 16-bit inputs, 1 or 16 states and whole vectors of 16 bytes; else the plain ones."""
-    if not use_gluon or not compact(p.n, p.d, _half(p)):
+    """Those in Gluon for bfloat16, 1 or 16 states and whole vectors of 16 bytes; else the plain ones.
+
+    What they keep of states is bfloat16, too coarse for the gradients of float16 inputs.
+    """
+    if not use_gluon or not compact(p.n, p.d, _bfloat16(p)):
         return PLAIN
     if not all(aligned(x) for x in (p.u, p.delta, p.z) if x is not None):
         return PLAIN
@@ -168,7 +171,7 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor]:
     b, k, l, r, m, t, d, n = p.b, p.k, p.l, p.r, p.m, p.t, p.d, p.n
     kernels = fitting(p)
-    how = plan(b, k, t, d, n, _half(p), kernels is not PLAIN, processors(p.u.device), False)
+    how = plan(b, k, t, d, n, _bfloat16(p), kernels is not PLAIN, processors(p.u.device), False)
     tile = _tile(how, p, p.z)
     new = partial(empty, dtype=torch.float32, device=p.u.device)
     programs = cdiv(d, how.block_d) * k * how.chunks * b
@@ -211,7 +214,7 @@ def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor]:
          y, ungated, last, states,
          *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), z_b, z_m, *A, D, bias,
          *index_strides(p.table), *index_strides(p.read), *index_strides(write), *strides(p.initial_state),
-         k, l, r, m if direct else t, t, d, n, how.chunk, how.chunks, interval(n, d, _half(p))),
+         k, l, r, m if direct else t, t, d, n, how.chunk, how.chunks, interval(n, d, _bfloat16(p))),
         dict(CHUNKED=how.chunks > 1, SOFTPLUS=p.delta_softplus, READ_TABLE=read_table,
              WRITE_TABLE=write_table) | tile,
         how.warps, how.registers,
@@ -247,7 +250,7 @@ def _backward(
 ) -> list[Tensor | None]:  # fmt: skip
     b, k, l, r, m, t, d, n = p.b, p.k, p.l, p.r, p.m, p.t, p.d, p.n
     kernels = fitting(p)
-    how = plan(b, k, t, d, n, _half(p), kernels is not PLAIN, processors(p.u.device), True)
+    how = plan(b, k, t, d, n, _bfloat16(p), kernels is not PLAIN, processors(p.u.device), True)
     if kernels is not PLAIN and not aligned(grad_y):
         grad_y = grad_y.clone(memory_format=torch.contiguous_format)
     tile = _tile(how, p, grad_y)
@@ -288,7 +291,7 @@ def _backward(
     dBC = new((b, k, t, blocks, 2 * n))
     dparameters = new((b * how.chunks, k, n + 2, d))
     dinitial = None if p.initial_state is None else new((b, k, d, n))
-    every, scratch, programs = interval(n, d, _half(p)), None, works
+    every, scratch, programs = interval(n, d, _bfloat16(p)), None, works
     if kernels is PLAIN:
         programs = how.programs
         scratch = new((programs * (every // how.steps) * how.block_n * how.block_d,))
@@ -370,8 +373,8 @@ def _tile(how: Plan, p: Problem, *others: Tensor | None) -> dict[str, int | bool
     return dict(BLOCK_N=how.block_n, BLOCK_D=how.block_d, STEPS=how.steps, VEC=width if whole else 1, EXACT=_exact(p))
 
 
-def _half(p: Problem) -> bool:
-    return p.u.dtype != torch.float32
+def _bfloat16(p: Problem) -> bool:
+    return p.u.dtype == torch.bfloat16
 
 
 def _exact(p: Problem) -> bool:

@@ -65,7 +65,7 @@ from triton.compiler import ASTSource
 from vssm.kernels.scan2d import triton, triton_kernels
 
 HALF = {"u", "delta_top", "delta_left", "B_top", "B_left", "C", "dy", "y", "du", "ddelta_top", "ddelta_left"}
-SINGLE = {"A_top", "A_left", "D", "lines", "dA_top", "dA_left", "dB_top", "dB_left", "dC", "dD"}
+SINGLE = {"A_top", "A_left", "D", "lines", "messages", "dA_top", "dA_left", "dB_top", "dB_left", "dC", "dD"}
 for fn, (tile, warps) in (triton_kernels.outputs, triton.FORWARD), (triton_kernels.gradients, triton.BACKWARD):
     fixed = dict(SOFTPLUS=True, REVERSE=True, AHEAD=triton.AHEAD, BLOCK_N=16, BLOCK_D=tile // 16)
     kinds = dict.fromkeys(HALF, "*bf16") | dict.fromkeys(SINGLE, "*fp32") | dict.fromkeys(fixed, "constexpr")
