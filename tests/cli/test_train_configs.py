@@ -21,7 +21,7 @@ def marked(path):
     return pytest.param(path, id=path.stem, marks=pytest.mark.slow if alike else ())
 
 
-@pytest.mark.parametrize("path", map(marked, CONFIGS))
+@pytest.mark.parametrize("path", [marked(path) for path in CONFIGS])
 def test_a_configuration_is_accepted_as_it_stands(path, capsys):
     if path.parent.name == "segmentation":
         pytest.importorskip("monai", reason="needs the extra medical")

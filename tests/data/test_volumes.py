@@ -332,7 +332,7 @@ def test_a_patch_is_a_function_of_seed_and_key(volumes, patch, augment):
     ((12, 8, 10), EVERYTHING, (12, 8, 10)),
     ((12, 10, 1), SliceAugment(affine_prob=1.0), (12, 10)),
     ((32, 8, 40), None, (32, 8, 40)),
-], ids=str)
+], ids=["3d", "2d", "plain"])
 def test_patches_have_the_size_asked_for(volumes, patch, augment, shape):
     """Also where the volume is smaller, (20, 24, 18)."""
     for index in range(6):
