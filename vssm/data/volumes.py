@@ -484,11 +484,9 @@ def cases_to_predict(who: str, paths: Sequence[Path]) -> list[Case]:
         files += sorted(p for p in path.iterdir() if suffix_of(p) and p.name[0] != ".") if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{who}: {', '.join(map(str, paths))} holds no volume and no image")
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        groups.setdefault(re.sub(r"_\d{4}$", "", str(file.parent / stem_of(file))), []).append(file)
-    cases = []
-    for name, members in groups.items():
-        numbered = len(members) > 1 or re.search(r"_\d{4}$", stem_of(members[0]))
-        cases.append(Case(Path(name).name if numbered else stem_of(members[0]), tuple(map(str, sorted(members)))))
-    return cases
+    groups: dict[tuple[Path, int], list[Path]] = {}
+    for number, file in enumerate(files):
+        stem = stem_of(file)
+        name = re.sub(r"_\d{4}$", "", stem)
+        groups.setdefault((file.parent / name, number if name == stem else -1), []).append(file)
+    return [Case(path.name, tuple(map(str, sorted(members)))) for (path, _), members in groups.items()]
