@@ -55,12 +55,16 @@ class ConvBlock(nn.Module):
         self.conv1 = conv(in_channels, out_channels, kernel, stride, around)
         self.conv2 = conv(out_channels, out_channels, kernel, 1, around)
         self.norm1, self.norm2 = norm(out_channels, affine=True), norm(out_channels, affine=True)
-        self.conv3 = conv(in_channels, out_channels, 1, stride) if project else None
-        self.act = nn.LeakyReLU(SLOPE, inplace=True)
+        self.conv3 = conv(in_channels, out_channels, 1) if project else None
+        self.act, self.stride = nn.LeakyReLU(SLOPE, inplace=True), stride
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
-        return self.act(y + (x if self.conv3 is None else self.conv3(x)))
+        return self.act(y + (x if self.conv3 is None else self.conv3(self.strided(x))))
+
+    def strided(self, x: Tensor) -> Tensor:
+        """Every stride-th cell. A strided convolution of side 1 is the same, and crashes in oneDNN on few channels."""
+        return x[(..., *(slice(None, None, step) for step in self.stride))]
 
 
 def conv_blocks(in_channels: int, out_channels: int, kernel: Size, stride: Size, depth: int) -> Blocks:
