@@ -64,7 +64,8 @@ class ConvBlock(nn.Module):
 
     def strided(self, x: Tensor) -> Tensor:
         """Every stride-th cell. A strided convolution of side 1 is the same, and crashes in oneDNN on few channels."""
-        return x[(..., *(slice(None, None, step) for step in self.stride))]
+        steps: list[Any] = [slice(None, None, step) for step in self.stride]
+        return x[(..., *steps)]
 
 
 def conv_blocks(in_channels: int, out_channels: int, kernel: Size, stride: Size, depth: int) -> Blocks:
