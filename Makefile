@@ -17,8 +17,8 @@ RUN   := $(VENV)/bin/python
 demo: $(READY)  ## train a small model on 5,000 real digits
 	$(RUN) tools/train.py fit --config configs/classification/vmamba_mnist5k.yaml $(ARGS)
 
-test: $(READY)  ## the plain suite; make test ARGS='-m slow' for the rest
-	$(VENV)/bin/pytest $(ARGS)
+test: $(READY)  ## the plain suite, on all cores; make test ARGS='-m slow' for the rest
+	$(VENV)/bin/pytest -n auto $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -31,7 +31,10 @@ class MadeAgain:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def later(self, x: Tensor, make: Make) -> Tensor:
-        """``x``, which ``make()`` gives again, bit for bit and in the same layout."""
+        """``x``, which ``make()`` gives again, bit for bit and in the same layout.
+
+        The caller keeps ``x`` until the context ends: it is known by its place in memory.
+        """
         self._makers[x.data_ptr()] = make
         return x
 

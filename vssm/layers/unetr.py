@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vssm.kernels.backends import traced
 from vssm.layers.again import MadeAgain
 from vssm.layers.conv import CONVS, TRANSPOSED
 from vssm.layers.instance_norm import InstanceNorm
@@ -50,7 +51,7 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         maps = self.up(x), skip
-        if torch.compiler.is_compiling() or self.grad_checkpointing or not torch.is_grad_enabled():
+        if traced(x) or self.grad_checkpointing or not torch.is_grad_enabled():
             return self.block(torch.cat(maps, 1))
         joined, sources = torch.cat(maps, 1), [part.detach() for part in maps]
         with MadeAgain() as again:

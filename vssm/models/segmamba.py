@@ -24,6 +24,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
+from vssm.kernels.backends import traced
 from vssm.layers.again import MadeAgain
 from vssm.layers.conv import CONVS, ConvMixer
 from vssm.layers.instance_norm import InstanceNorm
@@ -68,7 +69,7 @@ class VolumeMixer(ScanMixer):
     grad_checkpointing = False  # of the block around it, which then makes everything again
 
     def mix(self, x: Tensor, z: Tensor | None, grid: Sequence[int]) -> Tensor:
-        if torch.compiler.is_compiling() or self.shared:
+        if traced(x) or self.shared:
             return super().mix(x, z, grid)
         table, source, device = self.table(grid, x.device), x.detach(), x.device.type
         half, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
