@@ -17,8 +17,8 @@ RUN   := $(VENV)/bin/python
 demo: $(READY)  ## train a small model on 5,000 real digits
 	$(RUN) tools/train.py fit --config configs/classification/vmamba_mnist5k.yaml $(ARGS)
 
-test: $(READY)  ## the plain suite, on all cores; make test ARGS='-m slow' for the rest
-	$(VENV)/bin/pytest -n auto $(ARGS)
+test: $(READY)  ## the plain suite, a process with one thread for each core; make test ARGS='-m slow' for the rest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
