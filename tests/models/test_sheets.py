@@ -6,6 +6,8 @@ recurrence; it shares no code with ``vssm``. Sides are odd or no multiple of any
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -357,7 +359,7 @@ def zigzag(x, p):
     columns = [(i if j % 2 == 0 else h - 1 - i, j) for j in range(w) for i in range(h)]
     codes, out = {(0, 1): 1, (0, -1): 2, (-1, 0): 3, (1, 0): 4}, 0.0
     for path in (rows, rows[::-1], columns, columns[::-1]):
-        moves = [0, *(codes[a[0] - b[0], a[1] - b[1]] for a, b in zip(path[1:], path, strict=False))]
+        moves = [0, *(codes[after[0] - before[0], after[1] - before[1]] for before, after in pairwise(path))]
         cells = [i * w + j for i, j in path]
         y = scan(u[:, cells], dt, -p["A_log"].exp(), B + p["direction_Bs"][moves], C, p["D"])
         out = out + torch.zeros_like(u).index_copy(1, torch.tensor(cells), y)
