@@ -98,10 +98,8 @@ def _save(file: Path, data: np.ndarray, affine: np.ndarray) -> None:
     os.replace(part, file)
 
 
-class Decathlon(VolumeData):
-    """A task of the Medical Segmentation Decathlon: a folder with ``dataset.json``, ``imagesTr`` and ``labelsTr``.
-
-    Its test images have no labels; ``split`` sets some of the training cases aside.
+class DescribedFolder(VolumeData):
+    """A folder whose ``dataset.json`` says what it holds.
 
     Args:
         root: The folder.
@@ -123,6 +121,18 @@ class Decathlon(VolumeData):
         super().__init__(loader, preparation, sampling, augment, predict)
         self.root, self.split = Path(root), split
 
+
+class Decathlon(DescribedFolder):
+    """A task of the Medical Segmentation Decathlon: a folder with ``dataset.json``, ``imagesTr`` and ``labelsTr``.
+
+    Its test images have no labels; ``split`` sets some of the training cases aside.
+
+    Args:
+        root: The folder.
+        split: Which cases are for what.
+        loader, preparation, sampling, augment, predict: See ``VolumeData``.
+    """
+
     def find(self) -> dict[str, list[Case]]:
         described = _dataset_json("Decathlon", self.root, ("labels", "training"))
         labels = _numbers("Decathlon", {int(value): name for value, name in described["labels"].items()})
@@ -135,7 +145,7 @@ class Decathlon(VolumeData):
         return self.split.assign("Decathlon", cases)
 
 
-class NNUNetRaw(VolumeData):
+class NNUNetRaw(DescribedFolder):
     """A raw folder of nnU-Net: ``dataset.json``, ``imagesTr/NAME_0000.SUFFIX``, ``labelsTr/NAME.SUFFIX``.
 
     Where ``imagesTs`` and ``labelsTs`` are there, they are the test cases; otherwise ``split`` sets some aside.
@@ -145,20 +155,6 @@ class NNUNetRaw(VolumeData):
         split: Which cases are for what.
         loader, preparation, sampling, augment, predict: See ``VolumeData``.
     """
-
-    def __init__(
-        self,
-        root: str,
-        *,
-        split: Split = Split(),
-        loader: Loader = Loader(batch_size=2, workers=8),
-        preparation: Preparation = Preparation(),
-        sampling: Sampling = Sampling(),
-        augment: PatchAugment | None = None,
-        predict: str | list[str] | None = None,
-    ):
-        super().__init__(loader, preparation, sampling, augment, predict)
-        self.root, self.split = Path(root), split
 
     def find(self) -> dict[str, list[Case]]:
         described = _dataset_json("NNUNetRaw", self.root, ("labels", "channel_names", "file_ending"))
