@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from vssm.cli import _benchmark_cpu, benchmark
+from vssm.cli import _benchmark_cpu, _benchmark_models, benchmark
 
 
 def test_the_cpu_suite(tmp_path, monkeypatch, capsys):
@@ -28,7 +28,15 @@ def test_the_cpu_suite(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["cpu", "--only", "none"], "no case named none"), (["gpu"], "invalid choice")]
+    ("arguments", "message"),
+    [
+        (["cpu", "--only", "none"], "no case named none"),
+        (["gpu"], "invalid choice"),
+        (["models", "--only", "none"], "no model 'none'"),
+        (["models", "--only", "fcos/none"], "no model 'fcos/none'"),
+        (["models", "--only", "vim_tiny@big"], "no model 'vim_tiny@big'"),
+        (["models", "--jobs", "0"], "must be positive"),
+    ],
 )
 def test_wrong_arguments(arguments, message, capsys):
     """The error names them."""
@@ -44,10 +52,111 @@ def test_a_model_runs_without_its_core(name):
 
     model = timm.create_model(name)
     before = model(torch.ones(1, 3, 32, 32)) if name == "test_vmamba" else None
-    benchmark._without_core(model)
+    _benchmark_models.without_core(model)
     y = model(torch.ones(1, 3, *model.default_cfg["input_size"][1:]))
     y.sum().backward()
     missing = {key.split(".")[-1] for key, x in model.named_parameters() if x.grad is None}
     assert "A_log" in missing
     assert missing <= {"x_proj", "dt_weight", "dt_bias", "A_log", "D"}, missing
     assert before is None or before.shape == y.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("test_vmamba", (64, 64)),
+        ("test_vim@48", (48, 48)),
+        ("test_upernet", (64, 64)),
+        ("segmamba_nano", (32, 32, 32)),
+        ("fcos/test_vmamba", (64, 96)),
+        ("mask_rcnn/test_vmamba", (64, 96)),
+        ("test_mamba_yolo", (64, 96)),
+    ],
+)
+def test_a_model_of_every_kind_infers_and_trains(name, size, monkeypatch):
+    """On the CPU and without a stop-watch: what is timed on a GPU runs."""
+    monkeypatch.setattr(_benchmark_models, "DEVICE", "cpu")
+    monkeypatch.setattr(_benchmark_models, "setting", lambda name: _benchmark_models.Setting(size, 1, 2))
+    seen = []
+
+    def step(call, graphed, alone):
+        with alone():
+            call()
+        seen.append(call)
+        return 20.0 * len(seen), 0.5
+
+    monkeypatch.setattr(_benchmark_models, "_step", step)
+    rows = list(_benchmark_models.models([name], ["eager"], torch.bfloat16, False, 1, 60))
+    (row,) = rows
+    assert not row.get("error")
+    assert (row["inference img/s"], row["training img/s"]) == (50.0, 50.0)
+    assert row["size"] == "×".join(map(str, size))
+    assert len(seen) == 2
+
+
+def test_what_fails_stands_in_its_row(monkeypatch):
+    monkeypatch.setattr(_benchmark_models, "DEVICE", "cpu")
+
+    def step(call, graphed, alone):
+        raise RuntimeError("no graph\nof this")
+
+    monkeypatch.setattr(_benchmark_models, "_step", step)
+    rows = list(_benchmark_models.models(["test_vmamba"], ["eager", "graphed"], torch.bfloat16, True, 1, 60))
+    assert [row["mode"] for row in rows] == ["eager without core", "graphed without core"]
+    assert all(row["error"] == "RuntimeError: no graph of this" for row in rows)
+
+
+def test_models_in_processes_of_their_own(tmp_path, monkeypatch):
+    """Rows come from all of them; one that dies or takes too long is reported for what it still owed."""
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/bin/sh
+case "$3" in
+*'"good"'*) echo '{"model": "good", "mode": "eager", "training img/s": 5.0}'; echo warning
+            echo '{"model": "good", "mode": "compiled", "error": "why"}';;
+*'"dies"'*) echo '{"model": "dies", "mode": "eager"}'; echo 'out of luck'; exit 3;;
+*) sleep 60;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(_benchmark_models.sys, "executable", str(python))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    names = ["good", "dies", "sleeps"]
+    rows = list(_benchmark_models.models(names, ["eager", "compiled"], torch.bfloat16, False, 2, 2.0))
+    found = {(row["model"], row["mode"]): row.get("error", "") for row in rows}
+    assert found == {
+        ("good", "eager"): "",
+        ("good", "compiled"): "why",
+        ("dies", "eager"): "",
+        ("dies", "compiled"): "exit status 3: out of luck",
+        ("sleeps", "eager"): "not done after 2 s",
+        ("sleeps", "compiled"): "not done after 2 s",
+    }
+
+
+def test_one_process_measures_at_a_time(tmp_path, monkeypatch):
+    """The second waits for the lock; cores are given back."""
+    import os
+    import threading
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    cores = sorted(os.sched_getaffinity(0))
+    job = {"lock": str(tmp_path / "gpu"), "quiet": cores[:1], "rest": cores}
+    inside, order = threading.Event(), []
+
+    def second():
+        inside.wait()
+        with _benchmark_models._alone(job):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with _benchmark_models._alone(job):
+        inside.set()
+        thread.join(0.2)
+        assert os.sched_getaffinity(0) == set(cores[:1])
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert os.sched_getaffinity(0) == set(cores)

@@ -2,8 +2,8 @@
 
 ``kernels`` runs the suite of selective scans whose CUDA figures are known, forward, and forward with backward.
 ``scans`` runs the same sizes along raster, Hilbert and random tables. ``models`` runs inference and training steps of
-classifiers. ``cpu`` needs no GPU: it compares the CPU's scans with ``torch.exp``. A table is printed; ``--json`` keeps
-it with device and versions, ``--plot`` draws it.
+classifiers, segmenters and detectors. ``cpu`` needs no GPU: it compares the CPU's scans with ``torch.exp``. A table is
+printed; ``--json`` keeps it with device and versions, ``--plot`` draws it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 
 from vssm.cli._benchmark_cpu import BACKENDS, CASES, cpu, share_of_scan
-from vssm.cli._timing import Timing, captured, peak_megabytes, timed
+from vssm.cli._benchmark_models import COLUMNS, MODES, SETS, check_names
+from vssm.cli._benchmark_models import models as model_rows
+from vssm.cli._timing import Timing, peak_megabytes, timed
 
 CACHE_BYTES = 150e6  # inputs are rotated until they are three times as large as the cache of an H100
 
@@ -56,64 +59,81 @@ SUITE = {
     "segmamba_s3": Case(2, 1, 384, (16, 16, 16), 16, True, 0.095, 0.509, 0.013),
     "umamba_bot3d": Case(2, 1, 640, (5, 8, 8), 16, True, 0.039, 0.623, 0.002),
 }
-MODELS = {  # batch and size as the published code was timed; NAME@SIZE is NAME at another size
-    "vmamba_tiny_s1l8": (128, 224),
-    "vanilla_vmamba_tiny": (64, 224),
-    "vim_tiny": (128, 224),
-    "vim_small": (128, 224),
-    "vim_tiny@1248": (4, 1248),
-    "swin_tiny_patch4_window7_224": (128, 224),
-    "convnext_tiny": (128, 224),
-    "deit_small_patch16_224": (128, 224),
-}
+ORDERS = ("hilbert", "random")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vssm benchmark", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("suite", choices=("kernels", "scans", "models", "cpu"))
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases or models")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases or models (vim_tiny, fcos/vmamba_tiny)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--mode",
-        choices=("eager", "compiled", "graphed"),
-        default="eager",
-        help="models as they are, under torch.compile, or replayed from a CUDA graph",
+        "--orders", nargs="*", choices=ORDERS, default=ORDERS, help="kernels: times along these tables over raster's"
     )
-    parser.add_argument("--without-core", action="store_true", help="models with the identity in the place of the scan")
+    group = parser.add_argument_group("models")
+    group.add_argument("--set", nargs="+", choices=SETS, default=["classifiers"], help="which, if --only does not say")
+    group.add_argument(
+        "--mode",
+        nargs="+",
+        choices=MODES,
+        default=["eager"],
+        help="as they are, replayed from a CUDA graph, or under torch.compile",
+    )
+    group.add_argument("--without-core", action="store_true", help="with the identity in the place of the scan")
+    group.add_argument("--jobs", type=int, default=1, help="models made ready at once; one a GPU is timed at a time")
+    group.add_argument("--limit", type=float, default=1800, help="seconds that a model may take when there are jobs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results, with device and versions")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw measured times against floor and peers")
     args = parser.parse_args(argv)
+    if args.jobs < 1 or args.limit <= 0:
+        parser.error(f"--jobs and --limit must be positive, got {args.jobs} and {args.limit:g}")
+    names = _names(parser, args)
     if args.suite != "cpu" and not torch.cuda.is_available():
         parser.error("a GPU is needed: none is visible to torch")
-    known: Mapping[str, Any] = MODELS if args.suite == "models" else CASES if args.suite == "cpu" else SUITE
-    unknown = [name for name in args.only or () if args.suite != "models" and name not in known]
-    if unknown:
-        parser.error(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
     run = {"kernels": kernels, "scans": scans, "models": models, "cpu": cpu}[args.suite]
     about = machine("cpu" if args.suite == "cpu" else "cuda")
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows: list[dict[str, Any]] = []
-    for row in run(args.only or list(known), getattr(torch, args.dtype), args):
+    for row in run(names, getattr(torch, args.dtype), args):
+        columns = COLUMNS if args.suite == "models" else tuple(row)
         if not rows:
-            print("  ".join(f"{key:>18}" if i else f"{key:28}" for i, key in enumerate(row)))
+            print(_line(columns))
         rows.append(row)
-        print(
-            "  ".join(f"{_shown(value):>18}" if i else f"{value:28}" for i, value in enumerate(row.values())),
-            flush=True,
-        )
+        print(_line([row.get(column, "") for column in columns]) + row.get("error", ""), flush=True)
+        if args.json is not None:
+            _keep({"machine": about, "suite": args.suite, "dtype": args.dtype, "rows": rows}, args.json)
     if args.suite == "kernels":
         for key in ("forward ratio", "both ratio"):
             ratios = [row[key] for row in rows]
             print(f"{key}: geometric mean {statistics.geometric_mean(ratios):.2f}, worst {min(ratios):.2f}")
     if args.suite == "cpu":
         print(f"the scan's share of vmamba_tiny's inference on one image of 224²: {share_of_scan():.0%}")
-    if args.json is not None:
-        args.json.write_text(
-            json.dumps({"machine": about, "suite": args.suite, "dtype": args.dtype, "rows": rows}, indent=1) + "\n"
-        )
     if args.plot is not None:
         plot(rows, args.suite, about["device"], args.plot)
-    return 0
+    return 1 if any("error" in row for row in rows) else 0
+
+
+def _names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """What is to be run; ends the program if there is no such thing."""
+    if args.suite == "models":
+        names = args.only or [name for chosen in args.set for name in SETS[chosen]]
+        try:
+            check_names(names)
+        except ValueError as error:
+            parser.error(str(error))
+        return names
+    known: Mapping[str, Any] = CASES if args.suite == "cpu" else SUITE
+    unknown = [name for name in args.only or () if name not in known]
+    if unknown:
+        parser.error(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
+    return args.only or list(known)
+
+
+def _keep(record: dict[str, Any], path: Path) -> None:
+    """Written after every row: a run that is stopped leaves what it measured."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def kernels(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -121,7 +141,7 @@ def kernels(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> I
     for name in names:
         case = SUITE[name]
         forward, both, memory = scan_times(case, "raster", dtype)
-        yield {
+        row = {
             "case": name,
             "forward ms": forward.ms,
             "forward peer": case.peer_forward,
@@ -134,6 +154,11 @@ def kernels(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> I
             "forward device": forward.device,
             "both device": both.device,
         }
+        for order in args.orders:  # a sequence lies as it lies
+            others = scan_times(case, order, dtype) if len(case.grid) > 1 else (None, None)
+            row[f"forward {order} x"] = others[0].device / forward.device if others[0] else ""
+            row[f"both {order} x"] = others[1].device / both.device if others[1] else ""
+        yield row
 
 
 def scans(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -142,12 +167,12 @@ def scans(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Ite
         case = SUITE[name]
         if len(case.grid) == 1:
             continue
-        times = {order: scan_times(case, order, dtype)[:2] for order in ("raster", "hilbert", "random")}
+        times = {order: scan_times(case, order, dtype)[:2] for order in ("raster", *ORDERS)}
         row: dict[str, Any] = {"case": name}
         for i, what in enumerate(("forward", "both")):
             raster = times["raster"][i].ms
             row |= {f"{what} ms": raster} | {
-                f"{what} {order} x": times[order][i].ms / raster for order in ("hilbert", "random")
+                f"{what} {order} x": times[order][i].ms / raster for order in ORDERS
             }
         yield row
 
@@ -214,86 +239,8 @@ def _table(case: Case, order: str) -> Tensor:
 
 
 def models(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Inference and training of classifiers under autocast, channels last; names of vssm or of timm."""
-    import timm
-
-    import vssm  # noqa: F401 - its models become timm's
-
-    for name in names:
-        known, _, asked = name.partition("@")
-        batch, size = MODELS.get(name, (64, int(asked or 224)))
-        model = timm.create_model(known, **({"img_size": size} if asked else {}))
-        if args.without_core:
-            _without_core(model)
-        model = model.cuda().to(memory_format=torch.channels_last)
-        inference, training, memory = _model_times(model, batch, size, dtype, args.mode)
-        yield {
-            "model": name,
-            "mode": args.mode + " without core" * args.without_core,
-            "batch": batch,
-            "size": size,
-            "inference img/s": batch / inference * 1e3,
-            "training img/s": batch / training * 1e3,
-            "training GB": memory,
-        }
-        del model
-        torch.cuda.empty_cache()
-
-
-def _without_core(model: torch.nn.Module) -> None:
-    """Put the identity in the place of each scan with its projections, so that its share of the time shows."""
-    from vssm.layers.ssm import SelectiveSSM
-
-    def identity(
-        u: Tensor, table: Tensor, z: Tensor | None = None, *, merge: str | None = "sum", **rest: Any
-    ) -> Tensor:
-        if merge is None:
-            return u if u.dim() == 4 else u[:, None].expand(-1, table.shape[-2], -1, -1)
-        return u if u.dim() == 3 else u[:, 0]
-
-    for module in model.modules():
-        if isinstance(module, SelectiveSSM):
-            module.forward = identity  # type: ignore[method-assign]
-
-
-def _model_times(
-    model: torch.nn.Module, batch: int, size: int, dtype: torch.dtype, mode: str
-) -> tuple[float, float, float]:
-    """Milliseconds of an inference and of a training step, and the latter's peak memory in GB."""
-    run = torch.compile(model) if mode == "compiled" else model
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, capturable=True)
-    images = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(1000, (batch,), device="cuda")
-
-    def infer() -> None:
-        with torch.inference_mode(), torch.autocast("cuda", dtype):
-            run(images)
-
-    def train() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", dtype):
-            loss = torch.nn.functional.cross_entropy(run(images).float(), labels)
-        loss.backward()
-        optimizer.step()
-
-    model.eval()
-    inference = _step_ms(infer, mode == "graphed")
-    model.train()
-    training = _step_ms(train, mode == "graphed")
-    return inference, training, torch.cuda.max_memory_allocated() / 1e9
-
-
-def _step_ms(step: Callable[[], None], graphed: bool) -> float:
-    """Milliseconds a step, launches included, as a user sees it; or replayed."""
-    from triton.testing import do_bench
-
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    if graphed:
-        step = captured(step).replay
-    return float(do_bench(step, warmup=200, rep=1000, return_mode="median"))
+    """Inference and training under autocast."""
+    return model_rows(names, args.mode, dtype, args.without_core, args.jobs, args.limit)
 
 
 def machine(device: str) -> dict[str, str]:
@@ -322,6 +269,11 @@ def _driver() -> str:
     path = Path("/proc/driver/nvidia/version")
     words = path.read_text().split() if path.exists() else []
     return next((word for word in words if word.count(".") == 2 and word[0].isdigit()), "unknown")
+
+
+def _line(cells: Sequence[Any]) -> str:
+    first, *rest = map(_shown, cells)
+    return "  ".join([f"{first:28}", *(f"{cell:>16}" for cell in rest)])
 
 
 def _shown(value: Any) -> str:

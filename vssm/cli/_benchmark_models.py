@@ -1,0 +1,362 @@
+"""Whole models: classifiers, segmenters and detectors, inference and training steps on a GPU.
+
+Several models can be made ready at once, each in a process of its own: torch.compile takes minutes of a processor where
+the measurement takes seconds of a GPU. Only one process a GPU measures at a time, on cores that the others leave alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vssm.cli._timing import captured
+
+MODES = ("eager", "graphed", "compiled")
+DEVICE = "cuda"
+QUIET_CORES = 4  # a GPU: of the process that measures
+COLUMNS = ("model", "mode", "size", "batch", "inference img/s", "inference GB", "training img/s", "training GB")
+
+
+class Setting(NamedTuple):
+    """Image size and images a step."""
+
+    size: tuple[int, ...]
+    inference: int
+    training: int
+
+
+def _square(size: int, batch: int, names: str) -> dict[str, Setting]:
+    return dict.fromkeys(names.split(), Setting((size, size), batch, batch))
+
+
+# NAME is a model of vssm or timm, NAME@SIZE the same at another size, DETECTOR/BACKBONE one of torchvision's detectors.
+SETS = {
+    "classifiers": {  # batch and size as the published code was timed
+        "vmamba_tiny_s1l8": Setting((224, 224), 128, 128),
+        "vanilla_vmamba_tiny": Setting((224, 224), 64, 64),
+        **_square(224, 128, "vim_tiny vim_small"),
+        "vim_tiny@1248": Setting((1248, 1248), 4, 4),
+        **_square(224, 128, "swin_tiny_patch4_window7_224 convnext_tiny deit_small_patch16_224"),
+    },
+    "families": _square(
+        224,
+        64,
+        "efficientvmamba_tiny efficientvmamba_small plainmamba_l1 plainmamba_l2 localvim_tiny localvim_small "
+        "localvmamba_tiny localvmamba_small msvmamba_nano msvmamba_micro groupmamba_tiny groupmamba_small "
+        "spatialmamba_tiny spatialmamba_small vssd_micro vssd_tiny mamba2d_n mamba2d_t",
+    ),
+    "detectors": dict.fromkeys(
+        "fcos/vmamba_tiny retinanet/vmamba_tiny faster_rcnn/vmamba_tiny mask_rcnn/vmamba_tiny "
+        "mamba_yolo_t mamba_yolo_b mamba_yolo_l".split(),
+        Setting((800, 1280), 1, 2),
+    ),
+    "segmenters": {
+        **dict.fromkeys("upernet_vmamba_tiny upernet_vssd_tiny".split(), Setting((512, 512), 8, 4)),
+        "segmamba": Setting((128, 128, 128), 1, 2),
+    },
+}
+
+
+def setting(name: str) -> Setting:
+    """Of a model in ``SETS``; others run 64 images of 224², or of the size behind an @."""
+    known = {name: each for models in SETS.values() for name, each in models.items()}
+    size = int(name.partition("@")[2] or 224)
+    return known.get(name, Setting((size, size), 64, 64))
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise a ValueError for a name that neither vssm nor timm nor torchvision's detectors have."""
+    import timm
+
+    import vssm
+    from vssm.registries.torchvision import DETECTORS
+
+    for name in names:
+        known, _, size = name.partition("@")
+        detector, _, backbone = known.rpartition("/")
+        parts = [backbone in vssm.list_models(), detector in DETECTORS] if detector else [
+            timm.is_model(known) or known in vssm.list_models()
+        ]  # fmt: skip
+        if not all(parts) or (size and not size.isdecimal()):
+            raise ValueError(
+                f"no model {name!r}: give a model of vssm or timm, one with a size (vim_tiny@448), or a detector with "
+                f"its backbone ({next(iter(DETECTORS))}/vmamba_tiny); detectors are {', '.join(DETECTORS)}"
+            )
+
+
+class Work(NamedTuple):
+    """A model with what one step of inference and one of training do."""
+
+    model: nn.Module
+    infer: Callable[[nn.Module], object]
+    loss: Callable[[nn.Module], Tensor]
+
+
+def work(name: str, sizes: Setting, device: str) -> Work:
+    """A model with random weights and random inputs for it, channels last where it is two-dimensional."""
+    from vssm.models.variant import variants
+
+    known, _, asked = name.partition("@")
+    variant = variants().get(known)
+    if "/" in known or (variant is not None and variant.task == "detection"):
+        return _detection(known, sizes, device)
+    if variant is not None and variant.task == "segmentation":
+        return _segmentation(known, sizes, device)
+    return _classification(known, {"img_size": int(asked)} if asked else {}, sizes, device)
+
+
+def _classification(name: str, options: dict[str, Any], sizes: Setting, device: str) -> Work:
+    import timm
+
+    import vssm  # noqa: F401 - its models become timm's
+
+    model = timm.create_model(name, **options).to(device, memory_format=torch.channels_last)
+    images = _images(sizes.inference, 3, sizes.size, device), _images(sizes.training, 3, sizes.size, device)
+    labels = torch.randint(model.num_classes, (sizes.training,), device=device)
+    return Work(model, lambda run: run(images[0]), lambda run: F.cross_entropy(run(images[1]), labels))
+
+
+def _segmentation(name: str, sizes: Setting, device: str) -> Work:
+    """Published models' losses differ little in cost: the cross-entropy of every output."""
+    import vssm
+
+    model: Any = vssm.create_model(name).to(device)
+    if len(sizes.size) == 2:
+        model = model.to(memory_format=torch.channels_last)
+    channels = getattr(model, "in_channels", 3)
+    inference, training = (_images(n, channels, sizes.size, device) for n in (sizes.inference, sizes.training))
+    labels = torch.randint(2, (sizes.training, *sizes.size), device=device)
+
+    def loss(run: nn.Module) -> Tensor:
+        outputs = run(training)
+        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        return torch.stack([F.cross_entropy(y, labels) for y in outputs]).sum()
+
+    return Work(model, lambda run: run(inference), loss)
+
+
+def _detection(name: str, sizes: Setting, device: str) -> Work:
+    """Torchvision's protocol: images as a list, eight boxes and masks in each, COCO's 80 classes."""
+    import vssm
+
+    height, width = sizes.size
+    detector, _, backbone = name.rpartition("/")
+    if detector:
+        model = vssm.create_detector(detector, backbone, num_classes=81, min_size=height, max_size=max(1333, width))
+    else:
+        model = vssm.create_detector(name, num_classes=81, image_size=max(height, width))
+    model = model.to(device, memory_format=torch.channels_last)
+    inference, training = ([torch.rand(3, height, width, device=device) for _ in range(n)] for n in sizes[1:])
+    corners = torch.rand(8, 2, device=device) * 0.5
+    edges = torch.cat([corners, corners + 0.1 + 0.4 * torch.rand(8, 2, device=device)], dim=1)
+    target = {
+        "boxes": edges * torch.tensor([width, height, width, height], device=device),
+        "labels": torch.randint(1, 81, (8,), device=device),
+        "masks": torch.ones(8, height, width, dtype=torch.uint8, device=device),
+    }
+    targets = [target] * len(training)
+    return Work(model, lambda run: run(inference), lambda run: torch.stack([*run(training, targets).values()]).sum())
+
+
+def _images(count: int, channels: int, size: tuple[int, ...], device: str) -> Tensor:
+    x = torch.randn(count, channels, *size, device=device)
+    return x.contiguous(memory_format=torch.channels_last) if len(size) == 2 else x
+
+
+def without_core(model: nn.Module) -> None:
+    """Put the identity in the place of each scan with its projections, so that its share of the time shows."""
+    from vssm.layers.ssm import SelectiveSSM
+
+    def identity(
+        u: Tensor, table: Tensor, z: Tensor | None = None, *, merge: str | None = "sum", **rest: Any
+    ) -> Tensor:
+        if merge is None:
+            return u if u.dim() == 4 else u[:, None].expand(-1, table.shape[-2], -1, -1)
+        return u if u.dim() == 3 else u[:, 0]
+
+    for module in model.modules():
+        if isinstance(module, SelectiveSSM):
+            module.forward = identity  # type: ignore[method-assign]
+
+
+def measure(
+    name: str, modes: Sequence[str], dtype: torch.dtype, coreless: bool, alone: Callable[[], Any]
+) -> Iterator[dict[str, Any]]:
+    """A row a mode; where a mode fails, the row says why. ``alone`` is entered while something is timed."""
+    sizes = setting(name)
+    each = work(name, sizes, DEVICE)
+    if coreless:
+        without_core(each.model)
+    optimizer = torch.optim.AdamW(each.model.parameters(), 1e-5, fused=True, capturable=True)
+    for mode in modes:
+        row: dict[str, Any] = {
+            "model": name,
+            "mode": mode + " without core" * coreless,
+            "size": "×".join(map(str, sizes.size)),
+            "batch": f"{sizes.inference}, {sizes.training}",
+        }
+        run: Any = torch.compile(each.model, fullgraph=True) if mode == "compiled" else each.model
+
+        def infer(run: nn.Module = run) -> None:
+            with torch.inference_mode(), torch.autocast(DEVICE, dtype):
+                each.infer(run)
+
+        def train(run: nn.Module = run) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(DEVICE, dtype):
+                loss = each.loss(run)
+            loss.backward()
+            optimizer.step()
+
+        start = time.perf_counter()
+        try:
+            each.model.eval()
+            ms, gigabytes = _step(infer, mode == "graphed", alone)
+            row |= {"inference img/s": sizes.inference / ms * 1e3, "inference GB": gigabytes}
+            each.model.train()
+            ms, gigabytes = _step(train, mode == "graphed", alone)
+            row |= {"training img/s": sizes.training / ms * 1e3, "training GB": gigabytes}
+        except Exception as error:  # reported in its row; the other modes and models go on
+            row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        yield row | {"seconds": round(time.perf_counter() - start)}
+
+
+def _step(step: Callable[[], None], graphed: bool, alone: Callable[[], Any]) -> tuple[float, float]:
+    """Median milliseconds of a step, launches included, as a user sees it, or replayed; and its peak memory in GB."""
+    from triton.testing import do_bench
+
+    step()  # compiles
+    with alone():
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        graph = captured(step) if graphed else None
+        ms = float(do_bench(graph.replay if graph else step, warmup=150, rep=800, return_mode="median"))
+        return ms, torch.cuda.max_memory_allocated() / 1e9
+
+
+def models(
+    names: Sequence[str], modes: Sequence[str], dtype: torch.dtype, coreless: bool, jobs: int, limit: float
+) -> Iterator[dict[str, Any]]:
+    """Rows of all models, as they come; ``jobs`` models are made ready at once, each within ``limit`` seconds."""
+    if jobs == 1:
+        for name in names:
+            yield from measure(name, modes, dtype, coreless, contextlib.nullcontext)
+        return
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    cores = sorted(os.sched_getaffinity(0))
+    rows: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    futures = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        for i, name in enumerate(names):
+            place = i % len(gpus)
+            quiet = cores[place * QUIET_CORES : (place + 1) * QUIET_CORES]
+            rest = cores[len(gpus) * QUIET_CORES :]
+            job = {
+                "name": name,
+                "modes": list(modes),
+                "dtype": str(dtype).removeprefix("torch."),
+                "coreless": coreless,
+                "lock": str(Path(folder, gpus[place])),
+                "quiet": quiet if rest else cores,
+                "rest": rest or cores,
+            }
+            futures.append(pool.submit(_process, job, gpus[place], limit, rows))
+        left = len(names)
+        while left:
+            row = rows.get()
+            left -= row is None
+            if row is not None:
+                yield row
+        for future in futures:
+            future.result()  # a process that could not be started is an error
+
+
+def _process(job: dict[str, Any], gpu: str, limit: float, rows: queue.Queue[dict[str, Any] | None]) -> None:
+    """Run a model's process and pass its rows on; what it failed to report becomes a row too."""
+    root = str(Path(__file__).parents[2])
+    path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"} | os.environ
+    environment |= {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONPATH": os.pathsep.join(path)}
+    missing, said = list(job["modes"]), ""
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, json.dumps(job)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        late = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
+        late.start()
+        for line in process.stdout or ():
+            if line.startswith('{"model"'):
+                rows.put(json.loads(line))
+                missing.pop(0)
+            elif line.strip():
+                said = line.strip()
+        status = process.wait()
+        late.cancel()
+        why = f"not done after {limit:.0f} s" if status == -signal.SIGKILL else f"exit status {status}: {said[:300]}"
+        for mode in missing:
+            rows.put({"model": job["name"], "mode": mode + " without core" * job["coreless"], "error": why})
+    finally:
+        rows.put(None)
+
+
+@contextlib.contextmanager
+def _alone(job: dict[str, Any]) -> Iterator[None]:
+    """Wait for the GPU's turn and hold it, on the quiet cores."""
+    import fcntl
+
+    torch.cuda.synchronize()
+    with open(job["lock"], "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _move(job["quiet"])
+        try:
+            yield
+        finally:
+            _move(job["rest"])
+
+
+def _move(cores: Sequence[int]) -> None:
+    """Every thread of this process, autograd's too."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), cores)
+
+
+def _main(job: dict[str, Any]) -> None:
+    import torch._functorch.config
+
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # compiled while no activation waits for it
+    _move(job["rest"])
+    dtype = getattr(torch, job["dtype"])
+    for row in measure(job["name"], job["modes"], dtype, job["coreless"], lambda: _alone(job)):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))
