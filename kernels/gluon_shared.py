@@ -50,6 +50,13 @@ def sigmoid(x):
 
 
 @gluon.jit
+def silu_slope(x):
+    """silu'(x)."""
+    weight = sigmoid(x)
+    return weight * (1.0 + x * (1.0 - weight))
+
+
+@gluon.jit
 def entries(index, step, end, limit):
     """Cells below ``limit`` that ``index`` (None: the steps themselves) names at ``step``; negative for padding."""
     if index is None:

@@ -202,13 +202,12 @@ def sum_by_cell(
     out: Tensor,
     *,
     z: Tensor | None = None,
-    ungated: Tensor | None = None,
     out_2: Tensor | None = None,
 ) -> None:
     """Sum parts, (b, k, t, columns) or (b, k, t, blocks, columns), over the visits of each cell.
 
-    Rows are summed too if ``out`` has none. The sum is kept in ``ungated``, then gated by silu(z), where these are
-    given. Columns that ``out`` has no room for go to ``out_2``.
+    Rows are summed too if ``out`` has none. The sum is gated by silu(z), if given. Columns that ``out`` has no room for
+    go to ``out_2``.
     """
     b, k, t, *blocks, columns = parts.shape
     visit, first, _ = found
@@ -223,7 +222,7 @@ def sum_by_cell(
     z_b, _, z_m = strides(z)
     launch(
         sum_visits, programs,
-        (parts, visit, first, z, ungated, out, out_2, z_b, z_m, *index_strides(visit), *index_strides(first),
+        (parts, visit, first, z, out, out_2, z_b, z_m, *index_strides(visit), *index_strides(first),
          t, parts_of_a_step, columns // unit, cells, out.shape[-1]),
         dict(K=k, MERGE=merge, UNIT=unit, BLOCK_C=block_c, BLOCK_J=block_j, BLOCK_E=block_e), 4,
     )  # fmt: skip

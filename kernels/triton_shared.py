@@ -42,6 +42,13 @@ def sigmoid(x):
 
 
 @triton.jit
+def silu_slope(x):
+    """silu'(x)."""
+    weight = sigmoid(x)
+    return weight * (1.0 + x * (1.0 - weight))
+
+
+@triton.jit
 def entries(index, t, end, limit, STEPS: tl.constexpr):
     """Cells below ``limit`` that ``index`` (None: the steps themselves) names at steps t to t + STEPS - 1.
 
@@ -180,7 +187,7 @@ def clear(
     do_not_specialize=["z_b", "z_m", "visit_b", "visit_k", "first_b", "first_k", "T", "J", "units", "cells", "split"]
 )
 def sum_visits(
-    parts, visit, first, z, ungated, out, out_2,
+    parts, visit, first, z, out, out_2,
     z_b, z_m, visit_b, visit_k, first_b, first_k, T, J, units, cells, split,
     K: tl.constexpr, MERGE: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -189,9 +196,9 @@ def sum_visits(
 
     If MERGE, rows are summed too, to (b, cells, E). The order is fixed: rows, visits in step order, J. ``visit`` is the
     step that visits each cell, -1 for none, (b, K, cells); or, with ``first``, all steps ordered by cell, those of a
-    cell from first[cell] to first[cell + 1]; or None: step t visits cell t. The sum is kept in ``ungated``, then gated
-    by silu(z), where these are given. Columns from ``split`` on go to ``out_2``. There are E = units UNIT columns, so
-    that the compiler knows what divides them.
+    cell from first[cell] to first[cell + 1]; or None: step t visits cell t. The sum is gated by silu(z), if given.
+    Columns from ``split`` on go to ``out_2``. There are E = units UNIT columns, so that the compiler knows what divides
+    them.
     """
     E = units * UNIT
     pid = tl.program_id(0)
@@ -229,8 +236,6 @@ def sum_visits(
 
     inside = (c < cells)[:, None] & (e < E)[None, :]
     to = pid.to(tl.int64) * cells + c
-    if ungated is not None:
-        tl.store(ungated + (to[:, None] * E + e[None, :]), total.to(ungated.dtype.element_ty), mask=inside)
     if z is not None:
         at = b * z_b + c.to(tl.int64)[:, None] * z_m + e[None, :]
         gate = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
@@ -275,31 +280,3 @@ def sum_parameters(
             tl.store(dD + at, total, mask=(channel < d) & (s == n))
         if dbias is not None:
             tl.store(dbias + at, total, mask=(channel < d) & (s == n + 1))
-
-
-@triton.jit(do_not_specialize=["grad_b", "grad_k", "grad_m", "z_b", "z_m", "M", "units"])
-def ungate(
-    grad, z, ungated, g, dz, grad_b, grad_k, grad_m, z_b, z_m, M, units,
-    K: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Backward of y silu(z): g = grad silu(z), (b, K, M, d), and dz = sum over rows of grad y silu'(z)."""
-    d = units * UNIT
-    pid = tl.program_id(0)
-    blocks_d, blocks_m = tl.cdiv(d, BLOCK_D), tl.cdiv(M, BLOCK_M)
-    channel = pid % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    pid = pid // blocks_d
-    m = pid % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    b = (pid // blocks_m).to(tl.int64)
-    inside = (m < M)[:, None] & (channel < d)[None, :]
-    m = m.to(tl.int64)
-    gate = tl.load(z + (b * z_b + m[:, None] * z_m + channel[None, :]), mask=inside, other=0.0).to(tl.float32)
-    weight = sigmoid(gate)
-    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for k in tl.static_range(K):
-        at = ((b * K + k) * M + m[:, None]) * d + channel[None, :]
-        of_grad = b * grad_b + k * grad_k + m[:, None] * grad_m + channel[None, :]
-        dy = tl.load(grad + of_grad, mask=inside, other=0.0).to(tl.float32)
-        total += dy * tl.load(ungated + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(g + at, (dy * gate * weight).to(g.dtype.element_ty), mask=inside)
-    dgate = weight * (1.0 + gate * (1.0 - weight))
-    tl.store(dz + ((b * M + m[:, None]) * d + channel[None, :]), (total * dgate).to(dz.dtype.element_ty), mask=inside)

@@ -26,6 +26,8 @@ from vssm.kernels.gluon_shared import (
     place,
     row,
     row_layout,
+    sigmoid,
+    silu_slope,
     softplus,
     tile_layout,
     weights,
@@ -43,8 +45,9 @@ RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA, 2))
 
 @gluon.jit(do_not_specialize=VARY)
 def chunk_adjoints(
-    delta, A, C, bias, read, write, g, ends, totals,
-    delta_b, delta_k, delta_r, C_b, C_k, C_r, g_b, g_k, g_m, A_k, A_d, A_n, bias_k, read_b, read_k, write_b, write_k,
+    delta, A, C, z, bias, read, write, dy, ends, totals,
+    delta_b, delta_k, delta_r, C_b, C_k, C_r, z_b, z_m, dy_b, dy_k, dy_m,
+    A_k, A_d, A_n, bias_k, read_b, read_k, write_b, write_k,
     K, R, M, T, d, n, chunk, chunks,
     SOFTPLUS: gl.constexpr, WRITE_READ: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STEPS: gl.constexpr, VEC: gl.constexpr, EXACT: gl.constexpr,
@@ -63,16 +66,20 @@ def chunk_adjoints(
     in_tile = gl.expand_dims(in_d, 0) & gl.expand_dims(state < n, 1)
     a = gl.load(A + k * A_k + (tile_d * A_d + tile_n * A_n), mask=in_tile, other=0.0) * LOG2E
     shift = weights(bias, k * bias_k + channel, in_d)
-    delta, C, g = row(delta, delta_b, delta_k, b, k, 8), row(C, C_b, C_k, b, k, 1), row(g, g_b, g_k, b, k, 8)
+    delta, C, dy = row(delta, delta_b, delta_k, b, k, 8), row(C, C_b, C_k, b, k, 1), row(dy, dy_b, dy_k, b, k, 8)
+    z = z if z is None else z + gl.multiple_of(b.to(gl.int64) * z_b, 8)
     read = read if read is None else row(read, read_b, read_k, b, k, 1)
     write = write if write is None else row(write, write_b, write_k, b, k, 1)
 
     raws = gl.allocate_shared_memory(delta.dtype.element_ty, [2, STEPS, BLOCK_D], ROWS)
-    gs = gl.allocate_shared_memory(g.dtype.element_ty, [2, STEPS, BLOCK_D], ROWS)
+    dys = gl.allocate_shared_memory(dy.dtype.element_ty, [2, STEPS, BLOCK_D], ROWS)
     Cs = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_N], ROWS)
     raw_rows = raws._reinterpret(delta.dtype.element_ty, [2 * STEPS, BLOCK_D], FLAT)
-    g_rows = gs._reinterpret(g.dtype.element_ty, [2 * STEPS, BLOCK_D], FLAT)
+    dy_rows = dys._reinterpret(dy.dtype.element_ty, [2 * STEPS, BLOCK_D], FLAT)
     C_rows = Cs._reinterpret(gl.float32, [STEPS, BLOCK_N], FLAT)
+    if z is not None:
+        zs = gl.allocate_shared_memory(z.dtype.element_ty, [2, STEPS, BLOCK_D], ROWS)
+        z_rows = zs._reinterpret(z.dtype.element_ty, [2 * STEPS, BLOCK_D], FLAT)
     step_r = gl.arange(0, STEPS, layout=gl.SliceLayout(1, ROW))
     column = first + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, ROW))
     step_g = gl.arange(0, STEPS, layout=gl.SliceLayout(1, GATE))
@@ -84,7 +91,9 @@ def chunk_adjoints(
     q = entries(read, t_last + step_r, end, R)
     o = q if WRITE_READ else entries(write, t_last + step_r, end, M)
     copy(raws.index(0), delta, delta_r, q, column, d)
-    copy(gs.index(0), g, g_m, o, column, d)
+    copy(dys.index(0), dy, dy_m, o, column, d)
+    if z is not None:
+        copy(zs.index(0), z, z_m, o, column, d)
     async_copy.commit_group()
     C_next = gates(C, C_r, entries(read, t_last + step_g, end, R), state_g, n)
 
@@ -99,7 +108,9 @@ def chunk_adjoints(
         q = entries(read, before + step_r, end, R)
         o = q if WRITE_READ else entries(write, before + step_r, end, M)
         copy(raws.index(1 - stage), delta, delta_r, q, column, d)
-        copy(gs.index(1 - stage), g, g_m, o, column, d)
+        copy(dys.index(1 - stage), dy, dy_m, o, column, d)
+        if z is not None:
+            copy(zs.index(1 - stage), z, z_m, o, column, d)
         async_copy.commit_group()
         C_next = gates(C, C_r, entries(read, before + step_g, end, R), state_g, n)
         count = gl.minimum(STEPS, end - t)
@@ -107,7 +118,10 @@ def chunk_adjoints(
         for back in range(count):
             j = count - 1 - back
             raw = raw_next.to(gl.float32) + shift
-            gj, Cj = g_rows.index(stage * STEPS + j).load(CHANNEL).to(gl.float32), C_rows.index(j).load(STATE)
+            gj, Cj = dy_rows.index(stage * STEPS + j).load(CHANNEL).to(gl.float32), C_rows.index(j).load(STATE)
+            if z is not None:
+                gate = z_rows.index(stage * STEPS + j).load(CHANNEL).to(gl.float32)
+                gj *= gate * sigmoid(gate)
             raw_next = raw_rows.index(stage * STEPS + gl.maximum(j - 1, 0)).load(CHANNEL)
             step = softplus(raw) if SOFTPLUS else raw
             adjoint += gl.expand_dims(gj, 0) * gl.expand_dims(Cj, 1)
@@ -153,20 +167,20 @@ def lane_sums(x, BLOCK_D: gl.constexpr):
 
 @gluon.jit(do_not_specialize=VARY)
 def gradients(
-    u, delta, A, B, C, D, bias, table, read, write, g, states, carried,
-    du, ddelta, dBC, dparameters, dinitial, scratch,
-    u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, C_b, C_k, C_r, g_b, g_k, g_m, A_k, A_d, A_n, D_k, bias_k,
-    table_b, table_k, read_b, read_k, write_b, write_k,
+    u, delta, A, B, C, D, z, bias, table, read, write, dy, states, carried,
+    du, ddelta, dBC, dz, dparameters, dinitial, scratch,
+    u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, C_b, C_k, C_r, z_b, z_m, dy_b, dy_k, dy_m,
+    A_k, A_d, A_n, D_k, bias_k, table_b, table_k, read_b, read_k, write_b, write_k,
     K, L, R, M, T, d, n, chunk, chunks, interval, works,
     SOFTPLUS: gl.constexpr, READ_TABLE: gl.constexpr, WRITE_TABLE: gl.constexpr,
-    DU_CELLS: gl.constexpr, DDELTA_CELLS: gl.constexpr,
+    DU_CELLS: gl.constexpr, DDELTA_CELLS: gl.constexpr, DZ_CELLS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STEPS: gl.constexpr, VEC: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
     """All gradients of the recurrence for BLOCK_D channels of a chunk; interval is STEPS, the notes need no scratch.
 
-    ``carried`` is the adjoint that comes into each chunk from the next, (b, k, chunks, n, d), or None for zero. du and
-    ddelta are written by cell, (b, k, cells, d), or else by step, (b, k, T, d); the parts of dB and dC of each block by
-    step, (b, k, T, blocks, 2, n). ``dparameters`` holds dA, then dD and the bias's gradient, of each chunk,
+    ``carried`` is the adjoint that comes into each chunk from the next, (b, k, chunks, n, d), or None for zero. du,
+    ddelta and dz are written by cell, (b, k, cells, d), or else by step, (b, k, T, d); the parts of dB and dC of each
+    block by step, (b, k, T, blocks, 2, n). ``dparameters`` holds dA, then dD and the bias's gradient, of each chunk,
     (b, chunks, k, n + 2, d).
     """
     TILE: gl.constexpr = tile_layout(BLOCK_N, BLOCK_D)
@@ -186,7 +200,8 @@ def gradients(
     a = gl.load(A + k * A_k + (tile_d * A_d + tile_n * A_n), mask=in_tile, other=0.0) * LOG2E
     shift = weights(bias, k * bias_k + channel, in_d)
     skip = weights(D, k * D_k + channel, in_d)
-    u, delta, g = row(u, u_b, u_k, b, k, 8), row(delta, delta_b, delta_k, b, k, 8), row(g, g_b, g_k, b, k, 8)
+    u, delta, dy = row(u, u_b, u_k, b, k, 8), row(delta, delta_b, delta_k, b, k, 8), row(dy, dy_b, dy_k, b, k, 8)
+    z = z if z is None else z + gl.multiple_of(b.to(gl.int64) * z_b, 8)
     B, C = row(B, B_b, B_k, b, k, 1), row(C, C_b, C_k, b, k, 1)
     table = table if table is None else row(table, table_b, table_k, b, k, 1)
     read = read if read is None else row(read, read_b, read_k, b, k, 1)
@@ -194,18 +209,25 @@ def gradients(
     parameters = table if READ_TABLE else read
     du += gl.multiple_of(bk * (L if DU_CELLS else T) * d, 8)
     ddelta += gl.multiple_of(bk * (R if DDELTA_CELLS else T) * d, 8)
+    dz = dz if z is None else dz + gl.multiple_of(bk * (M if DZ_CELLS else T) * d, 8)
     part = dBC + (bk * T * blocks + first // BLOCK_D) * 2 * n
 
     xs = gl.allocate_shared_memory(u.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
     raws = gl.allocate_shared_memory(delta.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
-    gs = gl.allocate_shared_memory(g.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
+    dys = gl.allocate_shared_memory(dy.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
     Bs = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_N], ROWS)
     Cs = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_N], ROWS)
     steps = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_D], FLAT)
     notes = gl.allocate_shared_memory(gl.bfloat16, [STEPS + 1, BLOCK_N, BLOCK_D], NOTES if BLOCK_N == 16 else ROWS)
     x_rows = xs._reinterpret(u.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
     raw_rows = raws._reinterpret(delta.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
-    g_rows = gs._reinterpret(g.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
+    dy_rows = dys._reinterpret(dy.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
+    if z is None:
+        g_rows = dy_rows
+    else:
+        zs = gl.allocate_shared_memory(z.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
+        z_rows = zs._reinterpret(z.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
+        g_rows = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_D], FLAT)
     B_rows = Bs._reinterpret(gl.float32, [STEPS, BLOCK_N], FLAT)
     C_rows = Cs._reinterpret(gl.float32, [STEPS, BLOCK_N], FLAT)
     step_r = gl.arange(0, STEPS, layout=gl.SliceLayout(1, ROW))
@@ -235,7 +257,9 @@ def gradients(
         o = p if WRITE_TABLE else entries(write, t + step_r, end, M)
         copy(xs, u, u_l, p, column, d)
         copy(raws, delta, delta_r, q, column, d)
-        copy(gs, g, g_m, o, column, d)
+        copy(dys, dy, dy_m, o, column, d)
+        if z is not None:
+            copy(zs, z, z_m, o, column, d)
         async_copy.commit_group()
         cells = entries(parameters, t + step_g, end, R)
         Bs.store(gates(B, B_r, cells, state_g, n).to(gl.float32))
@@ -244,13 +268,19 @@ def gradients(
         h = gl.load(states + at, mask=in_tile, other=0.0).to(gl.float32)
         async_copy.wait_group(0)
 
-        for j in range(count):  # the state before each step, and step sizes
+        for j in range(count):  # the state before each step, step sizes and what passes the gate
             x, raw = x_rows.index(j).load(CHANNEL).to(gl.float32), raw_rows.index(j).load(CHANNEL).to(gl.float32)
             Bj = B_rows.index(j).load(STATE)
             step = softplus(raw + shift) if SOFTPLUS else raw + shift
             steps.index(j).store(step)
             notes.index(j).store(h.to(gl.bfloat16))
             h = advance(h, a, step, x, Bj)
+            if z is not None:
+                dyj, gate = dy_rows.index(j).load(CHANNEL).to(gl.float32), z_rows.index(j).load(CHANNEL).to(gl.float32)
+                y = gl.sum(h * gl.expand_dims(C_rows.index(j).load(STATE), 1), 0) + skip * x
+                to_z = entry(write, t + j, end, M) if DZ_CELLS else t + j
+                put(dz, to_z, d, channel, dyj * y * silu_slope(gate), in_d)
+                g_rows.index(j).store(dyj * gate * sigmoid(gate))
         notes.index(count).store(h.to(gl.bfloat16))
 
         if BLOCK_N == 16:  # dC

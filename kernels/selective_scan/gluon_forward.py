@@ -108,14 +108,14 @@ def chunk_ends(
 
 @gluon.jit(do_not_specialize=VARY)
 def outputs(
-    u, delta, A, B, C, D, z, bias, table, read, write, initial, y, ungated, last, states,
+    u, delta, A, B, C, D, z, bias, table, read, write, initial, y, last, states,
     u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, C_b, C_k, C_r, z_b, z_m, A_k, A_d, A_n, D_k, bias_k,
     table_b, table_k, read_b, read_k, write_b, write_k, initial_b, initial_k, initial_d,
     K, L, R, M, T, d, n, chunk, chunks, interval,
     CHUNKED: gl.constexpr, SOFTPLUS: gl.constexpr, READ_TABLE: gl.constexpr, WRITE_TABLE: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STEPS: gl.constexpr, VEC: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
-    """y at the written cells, (b, k, M, d); the last state; and, if asked, y ungated and every interval-th state.
+    """y at the written cells, (b, k, M, d); the last state; and, if asked, every interval-th state.
 
     ``initial`` is what the row starts from, (b, k, d, n) with free strides, or None for zero; if CHUNKED, what each
     chunk starts from, (b, k, chunks, n, d). ``states`` is (b, k, cdiv(T, interval), n, d); interval divides STEPS.
@@ -149,8 +149,6 @@ def outputs(
     parameters = table if READ_TABLE else read
     write = write if write is None else row(write, write_b, write_k, b, k, 1)
     y += gl.multiple_of(bk * M * d, 8)
-    if ungated is not None:
-        ungated += gl.multiple_of(bk * M * d, 8)
 
     xs = gl.allocate_shared_memory(u.dtype.element_ty, [2, STEPS, BLOCK_D], ROWS)
     raws = gl.allocate_shared_memory(delta.dtype.element_ty, [2, STEPS, BLOCK_D], ROWS)
@@ -216,8 +214,6 @@ def outputs(
                 out = gl.sum(h * gl.expand_dims(Cj, 1), 0) + skip * x
                 at = gl.multiple_of(to.to(gl.int64) * d, 8) + channel
                 here = in_d & (to >= 0)
-                if ungated is not None:
-                    gl.store(ungated + at, out.to(ungated.dtype.element_ty), mask=here)
                 if z is not None:
                     gate = z_rows.index(stage * STEPS + j).load(CHANNEL).to(gl.float32)
                     out = out * gate * sigmoid(gate)

@@ -3,12 +3,13 @@
 For one row, with p, q, o the cells of step t, s[t] = delta[q] (after bias and softplus), a[t] = exp(s[t] A) per channel
 and state, and zero wherever a cell is padding:
 
-    forward     h[t] = a[t] h[t-1] + s[t] u[p] B[q]              y[o] += sum_n C[q] h[t] + D u[p]
-    adjoint     e[t] = a[t+1] e[t+1] + C[q] g[t]                 g[t] = dy[o], e[T] = dh[last]
+    forward     h[t] = a[t] h[t-1] + s[t] u[p] B[q]              y[o] += (sum_n C[q] h[t] + D u[p]) silu(z[o])
+    adjoint     e[t] = a[t+1] e[t+1] + C[q] g[t]                 g[t] = dy[o] silu(z[o]), e[T] = dh[last]
     gradients   dC[q] += sum_d g[t] h[t]                         dB[q] += sum_d e[t] s[t] u[p]
                 w[t] = sum_n e[t] B[q]                           x[t] = a[t] e[t] h[t-1]
                 du[p] += s[t] w[t] + D g[t]                      ds[t] = u[p] w[t] + sum_n A x[t]
                 dA += s[t] x[t]      dD += g[t] u[p]             dbias += ddelta[q] = ds[t] softplus'(delta[q] + bias)
+                dz[o] += dy[o] (sum_n C[q] h[t] + D u[p]) silu'(z[o])
 
 Both recurrences are linear, so a row may be cut into chunks that run in parallel: each chunk finds where it ends when
 it starts from zero; a pass over the chunks, whose decays are exp(A sum s), turns these ends into starts; each chunk
@@ -46,7 +47,6 @@ from vssm.kernels.triton_launch import (
     visits,
 )
 from vssm.kernels.triton_replay import empty, replayed
-from vssm.kernels.triton_shared import ungate
 
 
 class Plan(NamedTuple):
@@ -160,12 +160,12 @@ def aligned(x: Tensor) -> bool:
 
 
 def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, last state, and with ``save`` every ``interval``-th state and y before the gate."""
+    """y, last state, with ``save`` every ``interval``-th state, and nothing: y before the gate is computed again."""
     with on(p.u.device):
         found = visits(p.write, p.m, p.revisits)
         options = (forward, save, found.complete, use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits)
-        y, last, states, ungated = replayed(lambda: _forward(p, save, found), (*p.tensors, *found[:2]), options)
-    return y, last, states, ungated
+        y, last, states, nothing = replayed(lambda: _forward(p, save, found), (*p.tensors, *found[:2]), options)
+    return y, last, states, nothing
 
 
 def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor]:
@@ -177,13 +177,11 @@ def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor]:
     programs = cdiv(d, how.block_d) * k * how.chunks * b
 
     direct = (not p.merge or k == 1) and (p.write is None or not p.revisits)
-    keep = save and p.z is not None
     # Cells that no step visits are zero: in large outputs they are looked for, small ones are zeroed before.
     visited = found.complete or not direct
     search = not visited and b * k * m * d >= LARGE
     make = partial(empty, dtype=p.u.dtype, device=p.u.device, zero=not (visited or search))
     y = make(p.y_shape if direct else (b, k, t, d))
-    ungated = make(p.y_shape) if keep and direct else None
     shape, dtype = saved(b, k, t, d, n, p.u.dtype)
     states = new(shape, dtype=dtype) if save else None
     last = new((b, k, d, n))
@@ -211,7 +209,7 @@ def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor]:
     launch(
         kernels.outputs, programs,
         (p.u, p.delta, p.A, p.B, p.C, p.D, z, p.delta_bias, p.table, p.read, write, initial,
-         y, ungated, last, states,
+         y, last, states,
          *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), z_b, z_m, *A, D, bias,
          *index_strides(p.table), *index_strides(p.read), *index_strides(write), *strides(p.initial_state),
          k, l, r, m if direct else t, t, d, n, how.chunk, how.chunks, interval(n, d, _bfloat16(p))),
@@ -221,39 +219,38 @@ def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor]:
     )  # fmt: skip
     if not direct:
         parts, y = y, make(p.y_shape)
-        ungated = make(p.y_shape) if keep else None
-        sum_by_cell(parts, found, y, z=p.z, ungated=ungated)
+        sum_by_cell(parts, found, y, z=p.z)
     elif search:
         clear_unvisited(y, found)
-        if ungated is not None:
-            clear_unvisited(ungated, found)
-    return [y, last, new((0,)) if states is None else states, new((0,)) if ungated is None else ungated]
+    return [y, last, new((0,)) if states is None else states, new((0,))]
 
 
 def backward(
-    p: Problem, grad_y: Tensor, grad_last: Tensor | None, states: Tensor, ungated: Tensor
+    p: Problem, grad_y: Tensor, grad_last: Tensor | None, states: Tensor, _: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; ``grad_last`` may be None for zero."""
     with on(p.u.device):
         by_read = visits(p.read, p.r, p.revisits)
         by_table = by_read if same(p.read, p.table) and p.r == p.l else visits(p.table, p.l, p.revisits)
-        tensors = (*p.tensors, grad_y, grad_last, states, ungated, *by_read[:2], *by_table[:2])
+        by_write = visits(p.write if p.z is not None else None, p.m, p.revisits)
+        found = by_read, by_table, by_write
+        tensors = (*p.tensors, grad_y, grad_last, states, *(x for visited in found for x in visited[:2]))
         flags = use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits
-        options = (backward, by_read.complete, by_table.complete, *flags)
-        grads = replayed(lambda: _backward(p, grad_y, grad_last, states, ungated, by_read, by_table), tensors, options)
+        options = (backward, *(visited.complete for visited in found), *flags)
+        grads = replayed(lambda: _backward(p, grad_y, grad_last, states, *found), tensors, options)
     return tuple(grads)
 
 
 def _backward(
-    p: Problem, grad_y: Tensor, grad_last: Tensor | None, states: Tensor, ungated: Tensor, by_read: Visits,
-    by_table: Visits,
+    p: Problem, grad_y: Tensor, grad_last: Tensor | None, states: Tensor, by_read: Visits, by_table: Visits,
+    by_write: Visits,
 ) -> list[Tensor | None]:  # fmt: skip
     b, k, l, r, m, t, d, n = p.b, p.k, p.l, p.r, p.m, p.t, p.d, p.n
     kernels = fitting(p)
     how = plan(b, k, t, d, n, _bfloat16(p), kernels is not PLAIN, processors(p.u.device), True)
     if kernels is not PLAIN and not aligned(grad_y):
         grad_y = grad_y.clone(memory_format=torch.contiguous_format)
-    tile = _tile(how, p, grad_y)
+    tile = _tile(how, p, p.z, grad_y)
     new, blocks = partial(empty, dtype=torch.float32, device=p.u.device), cdiv(d, how.block_d)
     works = blocks * k * how.chunks * b
     read_table, write_table, write_read = (
@@ -262,14 +259,15 @@ def _backward(
         same(p.write, p.read) and m == r,
     )
     A, D, bias = _parameters(p)
+    z_b, _, z_m = strides(p.z)
 
-    def destination(x: Tensor, found: Visits) -> tuple[Tensor, bool]:
+    def destination(x: Tensor, found: Visits, parts: torch.dtype) -> tuple[Tensor, bool]:
         """Where a row's gradient of ``x`` goes: into its cells, or in step order to be summed."""
         by_cell = (x.dim() == 4 or k == 1) and found.first is None
         zero = by_cell and not found.complete and x.numel() < LARGE
-        return empty(x.shape if by_cell else (b, k, t, d), x.dtype, x.device, zero=zero), by_cell
+        made = empty(x.shape, x.dtype, x.device, zero=zero) if by_cell else empty((b, k, t, d), parts, x.device)
+        return made, by_cell
 
-    g, dz = (grad_y, None) if p.z is None else _ungate(p, grad_y, ungated)
     if how.chunks == 1:
         carried = None if grad_last is None else grad_last.transpose(2, 3).contiguous()
     else:
@@ -280,14 +278,16 @@ def _backward(
         )
         launch(
             kernels.chunk_adjoints, works,
-            (p.delta, p.A, p.C, p.delta_bias, p.read, p.write, g, ends, totals,
-             *strides(p.delta), *strides(p.C), *strides(g), *A, bias,
+            (p.delta, p.A, p.C, p.z, p.delta_bias, p.read, p.write, grad_y, ends, totals,
+             *strides(p.delta), *strides(p.C), z_b, z_m, *strides(grad_y), *A, bias,
              *index_strides(p.read), *index_strides(p.write), k, r, m, t, d, n, how.chunk, how.chunks),
             dict(SOFTPLUS=p.delta_softplus, WRITE_READ=write_read) | tile, how.warps, how.registers,
         )  # fmt: skip
         _pass_states(ends, totals, p, grad_last, carried, True)
-    du, du_cells = destination(p.u, by_table)
-    ddelta, ddelta_cells = destination(p.delta, by_read)
+    du, du_cells = destination(p.u, by_table, p.u.dtype)
+    ddelta, ddelta_cells = destination(p.delta, by_read, p.delta.dtype)
+    # Rounded, parts of dz would be as coarse as dz itself is allowed to be.
+    dz, dz_cells = (None, False) if p.z is None else destination(p.z, by_write, torch.float32)
     dBC = new((b, k, t, blocks, 2 * n))
     dparameters = new((b * how.chunks, k, n + 2, d))
     dinitial = None if p.initial_state is None else new((b, k, d, n))
@@ -297,18 +297,19 @@ def _backward(
         scratch = new((programs * (every // how.steps) * how.block_n * how.block_d,))
     launch(
         kernels.gradients, programs,
-        (p.u, p.delta, p.A, p.B, p.C, p.D, p.delta_bias, p.table, p.read, p.write, g, states, carried,
-         du, ddelta, dBC, dparameters, dinitial, scratch,
-         *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), *strides(g), *A, D, bias,
+        (p.u, p.delta, p.A, p.B, p.C, p.D, p.z, p.delta_bias, p.table, p.read, p.write, grad_y, states, carried,
+         du, ddelta, dBC, dz, dparameters, dinitial, scratch,
+         *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), z_b, z_m, *strides(grad_y), *A, D, bias,
          *index_strides(p.table), *index_strides(p.read), *index_strides(p.write),
          k, l, r, m, t, d, n, how.chunk, how.chunks, every, works),
         dict(SOFTPLUS=p.delta_softplus, READ_TABLE=read_table, WRITE_TABLE=write_table, DU_CELLS=du_cells,
-             DDELTA_CELLS=ddelta_cells) | tile,
+             DDELTA_CELLS=ddelta_cells, DZ_CELLS=dz_cells) | tile,
         how.warps, how.registers,
     )  # fmt: skip
 
     du = _by_cell(du, p.u, by_table, du_cells)
     ddelta = _by_cell(ddelta, p.delta, by_read, ddelta_cells)
+    dz = dz if dz is None or p.z is None else _by_cell(dz, p.z, by_write, dz_cells)
     dB, dC = (empty(x.shape, x.dtype, x.device) for x in (p.B, p.C))
     if p.B.dim() == p.C.dim():
         sum_by_cell(dBC, by_read, dB, out_2=dC)
@@ -328,23 +329,6 @@ def _by_cell(grad: Tensor, x: Tensor, found: Visits, cells: bool) -> Tensor:
     if not found.complete and x.numel() >= LARGE:
         clear_unvisited(grad, found)
     return grad
-
-
-def _ungate(p: Problem, grad_y: Tensor, ungated: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of y before its gate and of z."""
-    assert p.z is not None
-    g = empty(p.y_shape, torch.float32, grad_y.device)  # rounded, it spoils the sums of dA
-    dz = empty(p.z.shape, p.z.dtype, p.z.device)
-    unit = min(p.d & -p.d, 8)
-    block_d = min(power_of_2(p.d), 128)
-    block_m = 1024 // block_d
-    z_b, _, z_m = strides(p.z)
-    launch(
-        ungate, cdiv(p.d, block_d) * cdiv(p.m, block_m) * p.b,
-        (grad_y, p.z, ungated, g, dz, *strides(grad_y), z_b, z_m, p.m, p.d // unit),
-        dict(K=1 if p.merge else p.k, UNIT=unit, BLOCK_M=block_m, BLOCK_D=block_d), 4,
-    )  # fmt: skip
-    return g, dz
 
 
 def _pass_states(

@@ -24,6 +24,8 @@ from vssm.kernels.triton_shared import (
     put,
     row,
     rows,
+    sigmoid,
+    silu_slope,
     state_index,
     sum_d,
     sum_n,
@@ -34,8 +36,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit(do_not_specialize=VARY)
 def chunk_adjoints(
-    delta, A, C, bias, read, write, g, ends, totals,
-    delta_b, delta_k, delta_r, C_b, C_k, C_r, g_b, g_k, g_m, A_k, A_d, A_n, bias_k, read_b, read_k, write_b, write_k,
+    delta, A, C, z, bias, read, write, dy, ends, totals,
+    delta_b, delta_k, delta_r, C_b, C_k, C_r, z_b, z_m, dy_b, dy_k, dy_m,
+    A_k, A_d, A_n, bias_k, read_b, read_k, write_b, write_k,
     K, R, M, T, d, n, chunk, chunks,
     SOFTPLUS: tl.constexpr, WRITE_READ: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
@@ -47,7 +50,8 @@ def chunk_adjoints(
     in_tile = along_n(in_n, BLOCK_N) & along_d(in_d, BLOCK_N)
     a = decay(A + k * A_k, A_d, A_n, channel, state, in_tile, BLOCK_N)
     shift = weights(bias, k * bias_k + channel, in_d)
-    delta, C, g = row(delta, delta_b, delta_k, b, k, VEC), row(C, C_b, C_k, b, k, 1), row(g, g_b, g_k, b, k, VEC)
+    delta, C, dy = row(delta, delta_b, delta_k, b, k, VEC), row(C, C_b, C_k, b, k, 1), row(dy, dy_b, dy_k, b, k, VEC)
+    z = z if z is None else row(z, z_b, 0, b, k, VEC)
     read = read if read is None else row(read, read_b, read_k, b, k, 1)
     write = write if write is None else row(write, write_b, write_k, b, k, 1)
 
@@ -57,23 +61,33 @@ def chunk_adjoints(
     q = entries(read, t_last, end, R, STEPS)
     o = q if WRITE_READ else entries(write, t_last, end, M, STEPS)
     raw_next = rows(delta, delta_r, q, channel, in_d, STEPS, VEC)
-    g_next = rows(g, g_m, o, channel, in_d, STEPS, VEC)
+    dy_next = rows(dy, dy_m, o, channel, in_d, STEPS, VEC)
+    if z is not None:
+        z_next = rows(z, z_m, o, channel, in_d, STEPS, VEC)
     C_next = gates(C, C_r, read, q, t_last, end, R, state, in_n, STEPS, BLOCK_N)
 
     adjoint = tl.zeros_like(a)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for i in range(0, end - start, STEPS):
         t = t_last - i
-        raw, gs, Cs = raw_next, g_next, apart(C_next, STEPS, BLOCK_N)
+        raw, dys, Cs = raw_next, dy_next, apart(C_next, STEPS, BLOCK_N)
+        if z is not None:
+            zs = z_next
         before = tl.maximum(t - STEPS, start)
         q = entries(read, before, end, R, STEPS)
         o = q if WRITE_READ else entries(write, before, end, M, STEPS)
         raw_next = rows(delta, delta_r, q, channel, in_d, STEPS, VEC)
-        g_next = rows(g, g_m, o, channel, in_d, STEPS, VEC)
+        dy_next = rows(dy, dy_m, o, channel, in_d, STEPS, VEC)
+        if z is not None:
+            z_next = rows(z, z_m, o, channel, in_d, STEPS, VEC)
         C_next = gates(C, C_r, read, q, before, end, R, state, in_n, STEPS, BLOCK_N)
         for j in tl.static_range(STEPS - 1, -1, -1):
             step = step_size(raw[j], shift, t + j < end, SOFTPLUS, EXACT)
-            adjoint += along_d(gs[j].to(tl.float32), BLOCK_N) * along_n(Cs[j].to(tl.float32), BLOCK_N)
+            g = dys[j].to(tl.float32)
+            if z is not None:
+                gate = zs[j].to(tl.float32)
+                g *= gate * sigmoid(gate)
+            adjoint += along_d(g, BLOCK_N) * along_n(Cs[j].to(tl.float32), BLOCK_N)
             adjoint *= power(along_d(step, BLOCK_N) * a, EXACT)
             total += step
 
@@ -84,20 +98,20 @@ def chunk_adjoints(
 
 @triton.jit(do_not_specialize=VARY)
 def gradients(
-    u, delta, A, B, C, D, bias, table, read, write, g, states, carried,
-    du, ddelta, dBC, dparameters, dinitial, scratch,
-    u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, C_b, C_k, C_r, g_b, g_k, g_m, A_k, A_d, A_n, D_k, bias_k,
-    table_b, table_k, read_b, read_k, write_b, write_k,
+    u, delta, A, B, C, D, z, bias, table, read, write, dy, states, carried,
+    du, ddelta, dBC, dz, dparameters, dinitial, scratch,
+    u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, C_b, C_k, C_r, z_b, z_m, dy_b, dy_k, dy_m,
+    A_k, A_d, A_n, D_k, bias_k, table_b, table_k, read_b, read_k, write_b, write_k,
     K, L, R, M, T, d, n, chunk, chunks, interval, works,
     SOFTPLUS: tl.constexpr, READ_TABLE: tl.constexpr, WRITE_TABLE: tl.constexpr,
-    DU_CELLS: tl.constexpr, DDELTA_CELLS: tl.constexpr,
+    DU_CELLS: tl.constexpr, DDELTA_CELLS: tl.constexpr, DZ_CELLS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the recurrence for BLOCK_D channels of a chunk; a program takes one chunk after another.
 
-    ``carried`` is the adjoint that comes into each chunk from the next, (b, k, chunks, n, d), or None for zero. du and
-    ddelta are written by cell, (b, k, cells, d), or else by step, (b, k, T, d); the parts of dB and dC of each block by
-    step, (b, k, T, blocks, 2, n). ``dparameters`` holds dA, then dD and the bias's gradient, of each chunk,
+    ``carried`` is the adjoint that comes into each chunk from the next, (b, k, chunks, n, d), or None for zero. du,
+    ddelta and dz are written by cell, (b, k, cells, d), or else by step, (b, k, T, d); the parts of dB and dC of each
+    block by step, (b, k, T, blocks, 2, n). ``dparameters`` holds dA, then dD and the bias's gradient, of each chunk,
     (b, chunks, k, n + 2, d).
     """
     blocks = tl.cdiv(d, BLOCK_D)
@@ -112,7 +126,8 @@ def gradients(
         a = decay(A + k * A_k, A_d, A_n, channel, state, in_tile, BLOCK_N)
         shift = weights(bias, k * bias_k + channel, in_d)
         skip = weights(D, k * D_k + channel, in_d)
-        u_row, g_row = row(u, u_b, u_k, b, k, VEC), row(g, g_b, g_k, b, k, VEC)
+        u_row, dy_row = row(u, u_b, u_k, b, k, VEC), row(dy, dy_b, dy_k, b, k, VEC)
+        z_row = z if z is None else row(z, z_b, 0, b, k, VEC)
         delta_row = row(delta, delta_b, delta_k, b, k, VEC)
         B_row, C_row = row(B, B_b, B_k, b, k, 1), row(C, C_b, C_k, b, k, 1)
         p_row = table if table is None else row(table, table_b, table_k, b, k, 1)
@@ -121,6 +136,7 @@ def gradients(
         parameters = p_row if READ_TABLE else q_row
         du_row = du + tl.multiple_of(bk * (L if DU_CELLS else T) * d, VEC)
         ddelta_row = ddelta + tl.multiple_of(bk * (R if DDELTA_CELLS else T) * d, VEC)
+        dz_row = dz if z is None else dz + tl.multiple_of(bk * (M if DZ_CELLS else T) * d, VEC)
 
         adjoint = tl.zeros_like(a)
         if carried is not None:
@@ -159,23 +175,29 @@ def gradients(
             t_last = start + (end - start - 1) // STEPS * STEPS
             p_next = entries(p_row, t_last, end, L, STEPS)  # backward
             q_next = p_next if READ_TABLE else entries(q_row, t_last, end, R, STEPS)
-            o = p_next if WRITE_TABLE else entries(o_row, t_last, end, M, STEPS)
+            o_next = p_next if WRITE_TABLE else entries(o_row, t_last, end, M, STEPS)
             x_next = rows(u_row, u_l, p_next, channel, in_d, STEPS, VEC)
             raw_next = rows(delta_row, delta_r, q_next, channel, in_d, STEPS, VEC)
-            g_next = rows(g_row, g_m, o, channel, in_d, STEPS, VEC)
+            dy_next = rows(dy_row, dy_m, o_next, channel, in_d, STEPS, VEC)
+            if z is not None:
+                z_next = rows(z_row, z_m, o_next, channel, in_d, STEPS, VEC)
             B_next = gates(B_row, B_r, parameters, q_next, t_last, end, R, state, in_n, STEPS, BLOCK_N)
             C_next = gates(C_row, C_r, parameters, q_next, t_last, end, R, state, in_n, STEPS, BLOCK_N)
             for back in range(0, end - start, STEPS):
                 t = t_last - back
-                p, q, x, raw, gs = p_next, q_next, x_next, raw_next, g_next
+                p, q, o, x, raw, dys = p_next, q_next, o_next, x_next, raw_next, dy_next
+                if z is not None:
+                    zs = z_next
                 Bs, Cs = apart(B_next, STEPS, BLOCK_N), apart(C_next, STEPS, BLOCK_N)
                 before = tl.maximum(t - STEPS, start)
                 p_next = entries(p_row, before, end, L, STEPS)
                 q_next = p_next if READ_TABLE else entries(q_row, before, end, R, STEPS)
-                o = p_next if WRITE_TABLE else entries(o_row, before, end, M, STEPS)
+                o_next = p_next if WRITE_TABLE else entries(o_row, before, end, M, STEPS)
                 x_next = rows(u_row, u_l, p_next, channel, in_d, STEPS, VEC)
                 raw_next = rows(delta_row, delta_r, q_next, channel, in_d, STEPS, VEC)
-                g_next = rows(g_row, g_m, o, channel, in_d, STEPS, VEC)
+                dy_next = rows(dy_row, dy_m, o_next, channel, in_d, STEPS, VEC)
+                if z is not None:
+                    z_next = rows(z_row, z_m, o_next, channel, in_d, STEPS, VEC)
                 B_next = gates(B_row, B_r, parameters, q_next, before, end, R, state, in_n, STEPS, BLOCK_N)
                 C_next = gates(C_row, C_r, parameters, q_next, before, end, R, state, in_n, STEPS, BLOCK_N)
 
@@ -186,9 +208,16 @@ def gradients(
                     hs = hs + (advance(hs[j], a, step, x[j], Bs[j], BLOCK_N, EXACT),)
                 for j in tl.static_range(STEPS - 1, -1, -1):
                     inside = t + j < end
-                    xj, gj, Bj = x[j].to(tl.float32), gs[j].to(tl.float32), Bs[j].to(tl.float32)
+                    xj, gj = x[j].to(tl.float32), dys[j].to(tl.float32)
+                    Bj, Cj = Bs[j].to(tl.float32), Cs[j].to(tl.float32)
+                    if z is not None:
+                        gate = zs[j].to(tl.float32)
+                        y = sum_n(hs[j + 1] * along_n(Cj, BLOCK_N), BLOCK_N) + skip * xj
+                        to_z = o[j] if DZ_CELLS else tl.where(inside, t + j, -1)
+                        put(dz_row, to_z, d, channel, gj * y * silu_slope(gate), in_d, VEC)
+                        gj *= gate * sigmoid(gate)
                     step = step_size(raw[j], shift, inside, SOFTPLUS, EXACT)
-                    adjoint += along_d(gj, BLOCK_N) * along_n(Cs[j].to(tl.float32), BLOCK_N)
+                    adjoint += along_d(gj, BLOCK_N) * along_n(Cj, BLOCK_N)
                     part = dBC + ((bk * T + t + j) * blocks + first // BLOCK_D) * 2 * n
                     tl.store(part + state, sum_d(adjoint * along_d(step * xj, BLOCK_N), BLOCK_N), mask=in_n & inside)
                     tl.store(part + n + state, sum_d(hs[j + 1] * along_d(gj, BLOCK_N), BLOCK_N), mask=in_n & inside)

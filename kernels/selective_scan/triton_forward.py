@@ -30,7 +30,7 @@ from vssm.kernels.triton_shared import (
 
 # Sizes and strides that differ from call to call: no kernel is compiled again because 16 divides a length.
 VARY = tuple(
-    "u_b u_k u_l delta_b delta_k delta_r B_b B_k B_r C_b C_k C_r z_b z_m g_b g_k g_m A_k A_d A_n D_k "
+    "u_b u_k u_l delta_b delta_k delta_r B_b B_k B_r C_b C_k C_r z_b z_m dy_b dy_k dy_m A_k A_d A_n D_k "
     "bias_k table_b table_k read_b read_k write_b write_k initial_b initial_k initial_d K L R M T d n "
     "chunk chunks interval works".split()
 )
@@ -168,14 +168,14 @@ def pass_states(
 
 @triton.jit(do_not_specialize=VARY)
 def outputs(
-    u, delta, A, B, C, D, z, bias, table, read, write, initial, y, ungated, last, states,
+    u, delta, A, B, C, D, z, bias, table, read, write, initial, y, last, states,
     u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, C_b, C_k, C_r, z_b, z_m, A_k, A_d, A_n, D_k, bias_k,
     table_b, table_k, read_b, read_k, write_b, write_k, initial_b, initial_k, initial_d,
     K, L, R, M, T, d, n, chunk, chunks, interval,
     CHUNKED: tl.constexpr, SOFTPLUS: tl.constexpr, READ_TABLE: tl.constexpr, WRITE_TABLE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """y at the written cells, (b, k, M, d); the last state; and, if asked, y ungated and every interval-th state.
+    """y at the written cells, (b, k, M, d); the last state; and, if asked, every interval-th state.
 
     ``initial`` is what the row starts from, (b, k, d, n) with free strides, or None for zero; if CHUNKED, what each
     chunk starts from, (b, k, chunks, n, d). ``states`` is (b, k, cdiv(T, interval), n, d); chunk and interval divide
@@ -211,8 +211,6 @@ def outputs(
     parameters = table if READ_TABLE else read
     write = write if write is None else row(write, write_b, write_k, b, k, 1)
     y += tl.multiple_of(bk * M * d, VEC)
-    if ungated is not None:
-        ungated += tl.multiple_of(bk * M * d, VEC)
     if states is not None:
         states += bk * tl.cdiv(T, interval) * n * d
 
@@ -251,8 +249,6 @@ def outputs(
             out = sum_n(h * along_n(Cs[j].to(tl.float32), BLOCK_N), BLOCK_N)
             if D is not None:
                 out += skip * x[j].to(tl.float32)
-            if ungated is not None:
-                put(ungated, o[j], d, channel, out, in_d, VEC)
             if z is not None:
                 gate = zs[j].to(tl.float32)
                 out *= gate * sigmoid(gate)

@@ -84,6 +84,8 @@ rest = dict(table=once, read=once, write=once, delta_softplus=True, merge=True, 
 check("selective_scan", Scan, scan, scan_inputs(2, 2, 7, 5, 3, shared="u z"), **rest)
 rest = dict(table=again, read=again, write=again, delta_softplus=True, merge=False, revisits=True)
 check("selective_scan", Scan, scan, scan_inputs(2, 2, 7, 5, 1, shared="B C"), **rest)
+rest = dict(table=once[:1], read=once[:1], write=once[:1], delta_softplus=True, merge=False, revisits=False)
+check("selective_scan", Scan, scan, scan_inputs(1, 1, 7, 4, 2), **rest)
 rest = dict(table=once, write=once, silu=True, revisits=False)
 check("conv1d", Conv, ("x", "weight", "bias", "initial_state"), conv_inputs(2, 2, 7, 5, 4, shared="x"), **rest)
 """
