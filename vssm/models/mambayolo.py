@@ -26,7 +26,7 @@ from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.models.base import Stage
 from vssm.models.boxes import cell_centres, corners, expected_distances, wide
-from vssm.models.keys import Rule, rename, reshape
+from vssm.models.keys import Rule, also, rename, reshape
 from vssm.models.mambayolo_loss import TaskAlignedLoss
 from vssm.models.variant import NotCovered, Published, Variant
 
@@ -266,6 +266,7 @@ def _published_init(module: nn.Module) -> None:
 def keys(depths: Sequence[int]) -> list[Rule]:
     """Key rules for a model with these stages; published entries are numbered by layer."""
     return [
+        also(rename(r"^(\d+)\.", r"model.\1.")),                # where "model." was taken for a wrapper
         *_conv("model.0.conv.0", "model.0.conv.1", "stem.0"),
         *_conv("model.0.conv.3", "model.0.conv.4", "stem.1"),
         *(rule for i, depth in enumerate(depths) for rule in _stage(i, depth)),
