@@ -227,8 +227,7 @@ class SwinUMambaD(_Supervised):
             self.blocks.append(Blocks(*(MixerBlock(width, make_mixer, drop_path=rates.pop()) for _ in range(UP_DEPTH))))
         self.expands.append(PatchExpand(dims[0], dims[0], patch_size, spatial_dims))
         self.heads.extend(conv(width, out_channels, 1) for width in [*upwards, dims[0]])
-        self.apply(linear_like_transformers)
-        self.apply(_kaiming_convolution)
+        self.apply(_kaiming_convolution)                        # linear layers of the decoder start as PyTorch's do
 
     def encode(self, x: Tensor) -> list[Tensor]:
         return self.encoder(x)
