@@ -17,8 +17,9 @@ import vssm
 from vssm.checkpoints import load_encoder
 from vssm.cli import verify
 from vssm.layers.norm import ChannelNorm
+from vssm.models.hymamba import HyMamba, keep, positions
 from vssm.models.keys import published_shapes, shapes_of, to_published
-from vssm.models.mambamim import HyMamba, MambaMIM, interpolated, keep, positions, pretraining_keys, published
+from vssm.models.mambamim import EncoderAlone, MambaMIM, interpolated, pretraining_keys, published
 from vssm.models.variant import NotCovered, variants
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "mambamim"
@@ -217,7 +218,8 @@ def test_starts_with_the_published_distributions():
     ("make", "message"),
     [
         (lambda: MambaMIM(mask_ratio=1.0), "MambaMIM: mask_ratio must lie between 0 and 1, got 1.0"),
-        (lambda: MambaMIM(4), "MambaMIM: spatial_dims must be 2 or 3, got 4"),
+        (lambda: MambaMIM(4), "spatial_dims must be 2 or 3, got 4"),
+        (lambda: EncoderAlone(1), "spatial_dims must be 2 or 3, got 1"),
         (lambda: MambaMIM(decoder_width=40), "MambaMIM: decoder_width must be a multiple of 16, got 40"),
         (lambda: HyMamba(channels=(4, 8), depths=(1,), mlp_ratios=(1,)), "last of channels must be a multiple of 6"),
         (lambda: HyMamba(depths=(1,)), "depths must have 4 entries, one less than channels, got"),
