@@ -13,9 +13,9 @@ import torch
 from tree import ROOT
 
 import vssm
-from vssm.checkpoints import load_state
+from vssm.checkpoints import load_state, looks_like
 from vssm.models.keys import published_shapes, shapes_of, to_ours, to_published
-from vssm.models.variant import families, variants
+from vssm.models.variant import Variant, families, variants
 
 ROWS = variants()
 FAMILIES = {family.__name__.rpartition(".")[2]: family for family in families()}
@@ -45,6 +45,32 @@ def test_values_make_the_round_trip(family):
     source, target = row.build(), row.build()
     load_state(target, to_published(source.state_dict(), row.keys))
     assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_lists_its_rows(family):
+    """Also where a row's class stands in another module, as LocalVim does."""
+    assert sorted(vssm.list_models(family=family)) == sorted(row.name for row in FAMILIES[family].VARIANTS)
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize(
+    "name", ["vanilla_vmamba_tiny", "msvmamba_nano", "localvim_tiny_cls", "mamba2d_t_v1", "segmamba_nomamba"]
+)
+def test_a_file_is_told_among_the_whole_zoo(name, published):
+    """By its names and shapes, under the published names and ours; none of these is the first row of its family."""
+    shapes = published_shapes(entries(name), ROWS[name].keys) if published else entries(name)
+    assert looks_like({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}) == [name]
+
+
+def test_a_foreign_file_builds_no_family(monkeypatch):
+    """Only a small row of each is (UPerNet's builds its backbone); a ResNet has hardly a name of ours."""
+    with torch.device("meta"):
+        foreign = timm.create_model("resnet18").state_dict()
+    built, build = [], Variant.build
+    monkeypatch.setattr(Variant, "build", lambda row, **kwargs: built.append(row.name) or build(row, **kwargs))
+    assert looks_like(foreign) == []
+    assert len(FAMILIES) <= len(built) <= len(FAMILIES) + 1
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.task == "classification"])

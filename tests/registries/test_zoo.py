@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -47,7 +49,6 @@ def test_lists():
     assert list_models(scan="hilbert") == list_models()
     assert list_models(scan="interslice", task="classification") == list_models()
     assert list_models(task="segmentation") == []
-    assert list_models(family="vim") == []
 
 
 def test_lists_by_size():
@@ -63,6 +64,7 @@ def test_lists_by_size():
     [
         ({"scan": "hilbrt"}, "no order named 'hilbrt'; did you mean hilbert"),
         ({"task": "regression"}, "list_models: task must be one of classification, segmentation, "),
+        ({"family": "toys"}, "list_models: family must be one of toy, got 'toys'"),
     ],
 )
 def test_a_filter_that_does_not_exist_is_refused(asked, message):
@@ -107,9 +109,10 @@ def test_rows_that_timm_has_no_place_for(tmp_path, monkeypatch):
     write_checkpoint(source.state_dict(), tmp_path / "x.safetensors")
     weights = Weights(file=str(tmp_path / "x.safetensors"), license="MIT", origin_url="", paper="", num_classes=10)
     row = Variant("toy_seg", Toy, {}, KEYS, {"in10": weights}, task="segmentation", first_conv="stem.conv")
-    monkeypatch.setattr(toy, "VARIANTS", [*toy.VARIANTS, row])
+    bare = replace(row, name="toy_bare", weights={})
+    monkeypatch.setattr(toy, "VARIANTS", [*toy.VARIANTS, row, bare])
     rows.variants.cache_clear()
-    assert list_models(task="segmentation") == ["toy_seg"]
+    assert list_models(task="segmentation") == ["toy_bare", "toy_seg"]
     assert "toy_seg" not in list_models(task="classification")
     register([row])
     assert not timm.is_model("toy_seg")
@@ -120,5 +123,7 @@ def test_rows_that_timm_has_no_place_for(tmp_path, monkeypatch):
         create_model("toy_seg", checkpoint_path=tmp_path / "x.safetensors"),
     ):
         assert torch.equal(loaded.eval()(x), source(x))
+    with pytest.raises(ValueError, match="toy_bare has no published weights; drop pretrained=True"):
+        create_model("toy_bare", pretrained=True)
     with pytest.raises(ValueError, match="no published weights 'other'; published: in10"):
         create_model("toy_seg.other", pretrained=True)

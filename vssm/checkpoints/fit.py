@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from vssm.models import variant as rows
 from vssm.models.keys import Rule, Shapes, State, published_shapes, shapes_of, to_ours, to_published
 
 ALIKE = 0.5         # share of fitting entries from which a file "looks like" an architecture
+SURE = 0.9          # share from which no other family can be meant
+RELATED = 0.2       # share of names, numbers aside, from which a family is compared in full
 
 
 @dataclass(frozen=True)
@@ -77,20 +81,54 @@ def misfits(state: State, published: bool, rules: Sequence[Rule], shapes: Shapes
 
 
 def looks_like(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the variants whose entries agree best with ``state`` in name and shape; none if few do."""
+    """Names of the variants whose entries agree best with ``state`` in name and shape; none if few do.
+
+    Only families whose names are partly those of ``state`` are built, the most alike first, and no further one once a
+    row fits almost entirely.
+    """
     scores: dict[str, float] = {}
-    for name, variant in rows.variants().items():
-        with torch.device("meta"):
-            shapes = shapes_of(variant.build())
-        try:
-            ours, published = translated(state, variant.keys, shapes)
-        except ValueError:                                   # two entries under one name: not this family's file
-            continue
-        if published:                                        # half of a stacked pair still counts under its own name
-            ours, shapes = to_published(ours, variant.keys), published_shapes(shapes, variant.keys)
-        scores[name] = _fitting(ours, shapes) / max(len(ours), len(shapes))
+    for family in _families_alike(state):
+        scores |= {row.name: _agreement(state, row) for row in family.VARIANTS}
+        if max(scores.values()) > SURE:
+            break
     best = max(scores.values(), default=0.0)
     return [name for name, score in scores.items() if score == best] if best > ALIKE else []
+
+
+def _families_alike(state: Mapping[str, Tensor]) -> list[ModuleType]:
+    """Families one of whose rows, the small one for tests if there is one, shares names with ``state``, best first."""
+    given, found = _patterns(state), []
+    for family in rows.families():
+        row = next((row for row in family.VARIANTS if row.name.startswith("test_")), family.VARIANTS[0])
+        shapes = _row_shapes(row)
+        share = max(
+            len(given & names) / max(len(given), len(names))
+            for names in (_patterns(shapes), _patterns(published_shapes(shapes, row.keys)))
+        )
+        found.append((share, family))
+    return [family for share, family in sorted(found, key=lambda pair: -pair[0]) if share > RELATED]
+
+
+def _patterns(names: Iterable[str]) -> set[str]:
+    """Names without their numbers: a deeper model has the same."""
+    return {re.sub(r"\d+", "", name) for name in names}
+
+
+def _row_shapes(row: rows.Variant) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return shapes_of(row.build())
+
+
+def _agreement(state: Mapping[str, Tensor], row: rows.Variant) -> float:
+    """The share of entries of ``state`` and of the row that agree in name and shape."""
+    shapes = _row_shapes(row)
+    try:
+        ours, published = translated(state, row.keys, shapes)
+    except ValueError:                                       # two entries under one name: not this family's file
+        return 0.0
+    if published:                                            # half of a stacked pair still counts under its own name
+        ours, shapes = to_published(ours, row.keys), published_shapes(shapes, row.keys)
+    return _fitting(ours, shapes) / max(len(ours), len(shapes))
 
 
 def explanation(state: Mapping[str, Tensor], found: Misfits, name: str) -> str:

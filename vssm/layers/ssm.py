@@ -58,6 +58,8 @@ class SelectiveSSM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        if self.A_log.is_meta:  # of a model whose parameters are only counted or named
+            return
         nn.init.uniform_(self.x_proj, -(self.x_proj.shape[-1] ** -0.5), self.x_proj.shape[-1] ** -0.5)
         nn.init.ones_(self.D)
         INITS[self.init](self)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vssm.checkpoints import load_pretrained, load_weights
+from vssm.models import variant as rows
 from vssm.models.variant import Variant, variants
 from vssm.scans.registry import Scan, find_scan, scan_rows
 
@@ -62,8 +63,10 @@ def _build(
     row: Variant, tag: str, pretrained: bool, checkpoint_path: str | Path | None, kwargs: dict[str, Any]
 ) -> nn.Module:
     """A model that timm has no place for, with its weights."""
+    if pretrained and not row.weights:
+        raise ValueError(f"create_model: {row.name} has no published weights; drop pretrained=True")
     tag = tag or next(iter(row.weights), "")
-    if (tag or pretrained) and tag not in row.weights:
+    if tag and tag not in row.weights:
         published = ", ".join(row.weights) or "none"
         raise ValueError(f"create_model: {row.name} has no published weights {tag!r}; published: {published}")
     model = row.build(**kwargs)
@@ -119,7 +122,7 @@ def list_models(
         exclude: Wildcards to leave out.
 
     Raises:
-        ValueError: If there is no such task or scan order.
+        ValueError: If there is no such task, family or scan order.
 
     >>> list_models("*_tiny", scan="hilbert", license="permissive", params_below=10e6)
     ['efficientvmamba_tiny', 'localvim_tiny', 'vim_tiny']
@@ -127,6 +130,7 @@ def list_models(
     patterns, excluded = ([p] if isinstance(p, str) else list(p) for p in (pattern, exclude))
     allowed = PERMISSIVE if license == "permissive" else ((license or "").lower(),)
     order = None if scan is None else find_scan(scan)
+    members = None if family is None else _members(family)
     if task is not None and task not in TASKS:
         raise ValueError(f"list_models: task must be one of {', '.join(TASKS)}, got {task!r}")
 
@@ -136,13 +140,20 @@ def list_models(
             and not any(fnmatchcase(name, p) for p in excluded)
             and (bool(row.weights) or not pretrained)
             and (task is None or row.task == task)
-            and (family is None or row.model.__module__.rpartition(".")[2] == family)
+            and (members is None or name in members)
             and (license is None or any(weights.license.lower() in allowed for weights in row.weights.values()))
             and (order is None or _reads(row, order))
             and (params_below is None or parameters(name) < params_below)
         )
 
     return sorted((name for name, row in variants().items() if wanted(name, row)), key=_as_people_count)
+
+
+def _members(family: str) -> set[str]:
+    known = {module.__name__.rpartition(".")[2]: module for module in rows.families()}
+    if family not in known:
+        raise ValueError(f"list_models: family must be one of {', '.join(known)}, got {family!r}")
+    return {row.name for row in known[family].VARIANTS}
 
 
 def _reads(row: Variant, order: Scan) -> bool:
