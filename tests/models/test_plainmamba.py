@@ -96,6 +96,18 @@ def test_the_position_table_is_resized_on_loading():
         source.adapt_state(target.state_dict())
 
 
+def test_the_table_of_odd_sides_is_published_for_a_pixel_less():
+    """Where that is a cell less, the table is resized for its own images."""
+    model = TINY.build(img_size=(33, 41)).eval()
+    assert (model.grid, model.pos_embed.shape) == ((4, 5), (1, 20, 16))
+    x = torch.randn(1, 3, 33, 41)
+    tokens, grid = model.embed(x)
+    assert tuple(grid) == (5, 6)
+    table = model.pos_embed.mT.unflatten(2, (4, 5))
+    place = torch.nn.functional.interpolate(table, (5, 6), mode="bicubic").flatten(2).mT
+    assert error(tokens, model.patch_embed(x).flatten(2).mT + place) < TOLERANCE[torch.float32]
+
+
 def test_raw_weights_beside_an_average_are_left_out():
     """Files of models trained with an average hold ema_* entries too."""
     model = TINY.build()
@@ -141,5 +153,7 @@ def test_what_is_not_covered_says_so(kwargs, says):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="global_pool must be one of"):
         PlainMamba(global_pool="token", depth=1)
+    with pytest.raises(ValueError, match=r"img_size must be 2 or more each way, got \(1, 32\)"):
+        PlainMamba(img_size=(1, 32), depth=1)
     with pytest.raises(ValueError, match="no option named 'size'"):
         TINY.build(scan="window", scan_options={"size": 3})

@@ -55,8 +55,8 @@ class PatchStem(nn.Module):
         self.projection = nn.Conv2d(width, dim, self.patch, stride=self.patch)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Cells of an image, (h, w)."""
-        h, w = (-(-((size + 1) // 2) // self.patch) for size in (height, width))
+        """Cells (h, w) of the table for images of this size. As published: half of an odd side is rounded down."""
+        h, w = (-(-(size // 2) // self.patch) for size in (height, width))
         return h, w
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,6 +191,8 @@ class PlainMamba(Isotropic):
     ):
         super().__init__()
         _check_pool(global_pool)
+        if min(to_2tuple(img_size)) < 2:
+            raise ValueError(f"PlainMamba: img_size must be 2 or more each way, got {img_size}")
         self.patch_embed = PatchStem(in_chans, embed_dim, patch_size, stem_convs)
         self.grid = self.patch_embed.grid(*to_2tuple(img_size))
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), embed_dim))
