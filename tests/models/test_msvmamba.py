@@ -164,10 +164,10 @@ def test_what_is_not_covered_says_so(entry, kwargs, reason):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stem": "patches"}, "stem must be one of patch, conv, got 'patches'"),
-        ({"downsample": "pool"}, "downsample must be one of merge, conv"),
-        ({"mixer_norm": "none"}, "norm must be one of sequence, sum"),
-        ({"resize": "cubic"}, "resize must be one of bilinear, nearest"),
+        ({"stem": "patches"}, "stem must be one of 'patch', 'conv', got 'patches'"),
+        ({"downsample": "pool"}, "downsample must be one of 'merge', 'conv'"),
+        ({"mixer_norm": "none"}, "norm must be one of 'sequence', 'sum'"),
+        ({"resize": "cubic"}, "resize must be one of 'bilinear', 'nearest'"),
         ({"dim": (8, 8)}, r"one width a stage \(4 in depths\), got \(8, 8\)"),
     ],
 )

@@ -180,7 +180,7 @@ def test_sides_follow_the_strides_of_each_axis():
         ({"strides": (2, 2, 2, 2)}, r"UMamba: strides\[0\] must be 1, as the first stage keeps"),
         ({"strides": (1, 2, (2, 2), 2)}, "UMamba: strides must be whole numbers from 1, 3 of them or one"),
         ({"kernel_size": 2}, "UMamba: kernel_size must be odd"),
-        ({"mamba": "decoder"}, "UMamba: mamba must be one of bottleneck, encoder, got 'decoder'"),
+        ({"mamba": "decoder"}, "UMamba: mamba must be one of 'bottleneck', 'encoder', got 'decoder'"),
         ({"mamba": "encoder", "img_size": (16, 16, 20)}, "UMamba: img_size must have 3 sides, multiples of"),
     ],
 )

@@ -272,6 +272,26 @@ def test_refuses_options_that_do_not_fit(options, message):
         Vim(**{"img_size": 32, "embed_dim": 8, "depth": 1, **options})
 
 
+def test_refuses_a_size_without_patches():
+    model = Vim(img_size=32, embed_dim=8, depth=1)
+    with pytest.raises(ValueError, match="img_size must be at least one patch"):
+        model.set_input_size(12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out_indices": (0, 1)}, "must name one block or four of 2"),
+        ({"out_indices": (5, 11, 17, 23)}, "must name one block or four of 2"),
+        ({"features": "residual"}, "features must be one of 'branch', 'stream'"),
+        ({"last": "add"}, "last must be one of"),
+    ],
+)
+def test_the_backbone_refuses_options_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        VimBackbone(Vim(img_size=32, embed_dim=8, depth=2), **{"out_indices": (0,), **options})
+
+
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.weights], ids=lambda v: v.name)
 def test_keys_lead_there_and_back(variant):
     ours = variant.build().state_dict()

@@ -277,8 +277,8 @@ def test_names_of_short_variants_are_the_last_release():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stem": "linear"}, "VMamba: stem must be one of patch, conv, got 'linear'"),
-        ({"norm": "group"}, "VMamba: norm must be one of layer, batch"),
+        ({"stem": "linear"}, "VMamba: stem must be one of 'patch', 'conv', got 'linear'"),
+        ({"norm": "group"}, "VMamba: norm must be one of 'layer', 'batch'"),
         ({"dim": (8, 16, 32)}, "VMamba: dim must name one width a stage"),
     ],
 )

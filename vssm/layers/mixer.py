@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from vssm.layers.conv import SequenceConv, depthwise
 from vssm.layers.heads import MERGES, join_heads, split_heads
 from vssm.layers.layout import over_map
 from vssm.layers.norm import OUT_NORMS
+from vssm.layers.parts import check_choice
 from vssm.layers.ssm import SelectiveSSM
 from vssm.scans import scan_rows, scan_table, visits_once
 
@@ -75,11 +76,11 @@ class ScanMixer(nn.Module):
         init: str = "mamba",
     ):
         super().__init__()
-        _check_part("gate", gate, GATES)
-        _check_part("conv", conv, ("grid", "sequence", None))
-        _check_part("merge", merge, MERGES)
-        _check_part("out_norm", out_norm, (*OUT_NORMS, None))
-        _check_part("class_token", class_token, (*EXTRA_CELLS, "middle"))
+        for argument, value, choices in (
+            ("gate", gate, GATES), ("conv", conv, ("grid", "sequence", None)), ("merge", merge, MERGES),
+            ("out_norm", out_norm, (*OUT_NORMS, None)), ("class_token", class_token, (*EXTRA_CELLS, "middle")),
+        ):  # fmt: skip
+            check_choice("ScanMixer", argument, value, choices)
         if class_token and (conv == "grid" or out_norm):
             raise ValueError("ScanMixer: class tokens lie on no grid; take conv='sequence' or None, and no out_norm")
         if conv == "sequence" and act != "silu":
@@ -180,8 +181,3 @@ def with_ends(table: Tensor, cells: int, before: int, after: int) -> Tensor:
     forward = torch.cat([start.expand(k, -1), inner, end.expand(k, -1)], 1)
     backward = torch.cat([end.flip(0).expand(k, -1), inner, start.flip(0).expand(k, -1)], 1)
     return torch.cat([forward[: (k + 1) // 2], backward[(k + 1) // 2 :]])
-
-
-def _check_part(name: str, value: str | None, parts: Iterable[str | None]) -> None:
-    if value not in parts:
-        raise ValueError(f"ScanMixer: {name} must be one of {', '.join(map(repr, parts))}, got {value!r}")

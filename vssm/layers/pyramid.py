@@ -14,6 +14,8 @@ from torchvision.ops.feature_pyramid_network import (
     LastLevelP6P7,
 )
 
+from vssm.layers.parts import check_choice
+
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 NORMS: dict[str | None, Callable[[int], nn.Module] | None] = {
     None: None,
@@ -64,8 +66,7 @@ class FeaturePyramid(nn.Module):
         for name, value, known in (
             ("extra", extra, EXTRA), ("norm", norm, NORMS), ("batch_norm", batch_norm, ("train", "eval", "frozen"))
         ):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"FeaturePyramid: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+            check_choice("FeaturePyramid", name, value, known)
         strides = [info["reduction"] for info in body.feature_info]
         levels = strides if levels is None else list(levels)
         if not levels or sorted(set(levels)) != levels or not set(levels) <= set(strides):

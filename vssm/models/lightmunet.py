@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vssm.layers.conv import CONVS, ConvMixer
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.parts import check_choice
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.keys import Rule, rename
 from vssm.models.mamba_keys import mamba_keys
@@ -119,8 +120,7 @@ class LightMUNet(Segmenter):
     ):
         stages = len(blocks_down)
         super().__init__(spatial_dims, in_channels, out_channels, multiple=2 ** (stages - 1))
-        if mixer not in MIXERS:
-            raise ValueError(f"LightMUNet: mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
+        check_choice("LightMUNet", "mixer", mixer, MIXERS)
         if init_filters < 1 or init_filters % GROUPS:
             raise ValueError(f"LightMUNet: init_filters must be a multiple of its {GROUPS} groups, got {init_filters}")
         if len(blocks_up) != stages - 1:

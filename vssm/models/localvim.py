@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.local_mixer import Directions, local_mixers
+from vssm.layers.parts import check_choice
 from vssm.layers.patch import PatchEmbed
 from vssm.layers.position import (
     CLASS_TOKENS,
@@ -139,8 +140,8 @@ class LocalVim(Isotropic):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        _check_part("class_token", class_token, ("middle", None))
-        _check_part("norm", norm, NORMS)
+        check_choice("LocalVim", "class_token", class_token, ("middle", None))
+        check_choice("LocalVim", "norm", norm, NORMS)
         _check_pool(global_pool, class_token)
         if rope and class_token:
             raise ValueError("LocalVim: rope turns patches only; pass rope=False or class_token=None")
@@ -220,13 +221,8 @@ class LocalVim(Isotropic):
         return {"pos_embed", *tokens, *ssm_parameters(self, "D", "dt_bias")}
 
 
-def _check_part(name: str, value: str | None, parts: Collection[str | None]) -> None:
-    if value not in parts:
-        raise ValueError(f"LocalVim: {name} must be one of {', '.join(map(repr, parts))}, got {value!r}")
-
-
 def _check_pool(global_pool: str, class_token: str | None) -> None:
-    _check_part("global_pool", global_pool, POOLS)
+    check_choice("LocalVim", "global_pool", global_pool, POOLS)
     if global_pool == "token" and class_token is None:
         raise ValueError("LocalVim: global_pool='token' needs class_token='middle'; pass global_pool='avg'")
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from vssm.layers.conv import ConvMixer, depthwise
 from vssm.layers.heads import join_heads
 from vssm.layers.layout import over_map
+from vssm.layers.parts import chosen
 from vssm.layers.ssm import SelectiveSSM
 from vssm.models.keys import Rule, drop, rename
 from vssm.models.patchunet import PatchUNet, keys, run, translate
-from vssm.models.segmenter import chosen
 from vssm.models.variant import NotCovered, Published, Variant
 from vssm.scans import scan_shape, scan_table
 

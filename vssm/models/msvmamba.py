@@ -22,6 +22,7 @@ from vssm.layers.downsample import ConvDownsample, PatchMerging
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.norm import ChannelNorm
+from vssm.layers.parts import check_choice
 from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.layers.stem import ConvStem, PatchStem
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
@@ -79,8 +80,8 @@ class MultiScaleMixer(nn.Module):
         resize: str = "nearest",
     ):
         super().__init__()
-        _check_part("norm", norm, ("sequence", "sum"))
-        _check_part("resize", resize, ("bilinear", "nearest"))
+        check_choice("MSVMamba", "norm", norm, ("sequence", "sum"))
+        check_choice("MSVMamba", "resize", resize, ("bilinear", "nearest"))
         self.scan, self.scan_options = scan, dict(scan_options or {})
         rows = scan_rows(scan, 2, **self.scan_options)
         if rows is None:
@@ -212,8 +213,8 @@ class MSVMamba(Hierarchical):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
-        _check_part("stem", stem, STEMS)
-        _check_part("downsample", downsample, DOWNSAMPLES)
+        check_choice("MSVMamba", "stem", stem, STEMS)
+        check_choice("MSVMamba", "downsample", downsample, DOWNSAMPLES)
         dims = widths("MSVMamba", dim, depths)
 
         def block(i: int, j: int, rate: float) -> nn.Module:
@@ -233,11 +234,6 @@ class MSVMamba(Hierarchical):
     def no_weight_decay(self) -> set[str]:
         """Biases and norms aside (timm knows them). As published: A_log and the step-size bias are decayed."""
         return set(ssm_parameters(self, "D"))
-
-
-def _check_part(name: str, value: str, parts: Sequence[str] | Mapping[str, Any]) -> None:
-    if value not in parts:
-        raise ValueError(f"MSVMamba: {name} must be one of {', '.join(parts)}, got {value!r}")
 
 
 def _low_first(name: str) -> list[Rule]:

@@ -24,11 +24,12 @@ from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_tokens
 from vssm.layers.mixer import ScanMixer
 from vssm.layers.norm import ChannelNorm
+from vssm.layers.parts import chosen
 from vssm.layers.stem import ConvStem
 from vssm.models.base import make_stages, widths
 from vssm.models.keys import Rule, rename
 from vssm.models.names import MIXER, SSM_SHAPES
-from vssm.models.segmenter import Blocks, Segmenter, chosen
+from vssm.models.segmenter import Blocks, Segmenter
 from vssm.models.variant import NotCovered, Published, Variant
 
 REPOSITORY = "gndlwch2w/msvm-unet"

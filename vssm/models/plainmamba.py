@@ -21,6 +21,7 @@ from vssm.kernels import selective_scan
 from vssm.layers.conv import depthwise
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map, to_map, to_tokens
+from vssm.layers.parts import check_choice
 from vssm.layers.position import positions
 from vssm.layers.ssm import SelectiveSSM, decay, ssm_parameters
 from vssm.models.base import Isotropic, linear_head
@@ -190,7 +191,7 @@ class PlainMamba(Isotropic):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        _check_pool(global_pool)
+        check_choice("PlainMamba", "global_pool", global_pool, POOLS)
         if min(to_2tuple(img_size)) < 2:
             raise ValueError(f"PlainMamba: img_size must be 2 or more each way, got {img_size}")
         self.patch_embed = PatchStem(in_chans, embed_dim, patch_size, stem_convs)
@@ -226,18 +227,13 @@ class PlainMamba(Isotropic):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         if global_pool is not None:
-            _check_pool(global_pool)
+            check_choice("PlainMamba", "global_pool", global_pool, POOLS)
         super().reset_classifier(num_classes, global_pool)
 
     def no_weight_decay(self) -> set[str]:
         """Biases and norms aside (timm knows them)."""
         directions = (f"blocks.{i}.mixer.direction_B" for i in range(len(self.blocks)))
         return {"pos_embed", *ssm_parameters(self), *directions}
-
-
-def _check_pool(global_pool: str) -> None:
-    if global_pool not in POOLS:
-        raise ValueError(f"PlainMamba: global_pool must be one of {POOLS}, got {global_pool!r}")
 
 
 class PlainMambaBackbone(nn.Module):

@@ -5,23 +5,11 @@ Images are (B, C, H, W) or (B, C, D, H, W); logits have the size of the image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
-
-
-def chosen(who: str, argument: str, value: str, parts: Mapping[str, Any]) -> Any:
-    """The part that an argument names.
-
-    Raises:
-        ValueError: If there is no such part.
-    """
-    if value not in parts:
-        raise ValueError(f"{who}: {argument} must be one of {', '.join(parts)}, got {value!r}")
-    return parts[value]
 
 
 class Blocks(nn.Sequential):

@@ -23,12 +23,13 @@ from vssm.layers.expand import PatchExpand
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_tokens
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.parts import chosen
 from vssm.layers.stem import PatchStem
 from vssm.layers.unetr import ResidualBlock, UpBlock
 from vssm.models.base import make_stages, widths
 from vssm.models.keys import Rule, also, rename
 from vssm.models.names import MIXER, SSM_SHAPES
-from vssm.models.segmenter import Blocks, Segmenter, chosen
+from vssm.models.segmenter import Blocks, Segmenter
 from vssm.models.variant import NotCovered, Published, Variant
 
 REPOSITORY = "JiarunLiu/Swin-UMamba"

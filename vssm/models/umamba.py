@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vssm.layers.conv import CONVS, ConvMixer
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.parts import check_choice
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.keys import Rule, drop, rename
 from vssm.models.mamba_keys import mamba_keys
@@ -159,9 +160,8 @@ class UMamba(Segmenter):
         ):  # fmt: skip
             if len(values) != count:
                 raise ValueError(f"UMamba: {name} must have {count} entries for {stages} features, got {tuple(values)}")
-        for name, value, known in (("mamba", mamba, PLACES), ("mixer", mixer, MIXERS)):
-            if value not in known:
-                raise ValueError(f"UMamba: {name} must be one of {', '.join(known)}, got {value!r}")
+        check_choice("UMamba", "mamba", mamba, PLACES)
+        check_choice("UMamba", "mixer", mixer, MIXERS)
         steps = [_axes("strides", step, spatial_dims) for step in strides]
         kernels = [_axes("kernel_size", size, spatial_dims) for size in kernel_size]
         if set(steps[0]) != {1}:
@@ -171,6 +171,12 @@ class UMamba(Segmenter):
         reductions = [tuple(map(prod, zip(*steps[: i + 1]))) for i in range(stages)]
         super().__init__(spatial_dims, in_channels, out_channels, multiple=reductions[-1])
         self.deep_supervision, self.reductions = deep_supervision, reductions
+        self.img_size = tuple(img_size) if img_size else None
+        whole = not self.img_size or not any(side % n for side, n in zip(self.img_size, self.multiple))
+        if self.img_size and (len(self.img_size) != spatial_dims or not whole):
+            raise ValueError(
+                f"UMamba: img_size must have {spatial_dims} sides, multiples of {self.multiple}, got {self.img_size}"
+            )
 
         conv = CONVS[spatial_dims]
         self.stem = conv_blocks(in_channels, features[0], kernels[0], steps[0], depths[0])
@@ -187,12 +193,6 @@ class UMamba(Segmenter):
                 cell_mixer = _mixer(features[i], scan=scan, scan_options=scan_options, spatial_dims=spatial_dims)
                 layer = MambaLayer(features[i], cell_mixer)
             self.mambas[str(i)] = layer
-        self.img_size = tuple(img_size) if img_size else None
-        whole = not self.img_size or not any(side % n for side, n in zip(self.img_size, self.multiple))
-        if self.img_size and (len(self.img_size) != spatial_dims or not whole):
-            raise ValueError(
-                f"UMamba: img_size must have {spatial_dims} sides, multiples of {self.multiple}, got {self.img_size}"
-            )
 
         levels = list(range(stages - 1))[::-1]                              # of the decoder's stages, lowest first
         self.factors = [steps[i + 1] for i in levels]

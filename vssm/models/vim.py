@@ -9,7 +9,7 @@ Published code and weights: github.com/hustvl/Vim (Apache-2.0, both). Same funct
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.parts import check_choice
 from vssm.layers.patch import PatchEmbed
 from vssm.layers.position import (
     CLASS_TOKENS,
@@ -129,14 +130,12 @@ class Vim(Isotropic):
     ):
         super().__init__()
         _check_options(global_pool, class_token, rope, dynamic_img_size)
-        _check_part("norm", norm, NORMS)
-        _check_part("class_row", class_row, ("own", "first"))
+        check_choice("Vim", "norm", norm, NORMS)
+        check_choice("Vim", "class_row", class_row, ("own", "first"))
         self.img_size: tuple[int, int] = to_2tuple(img_size)
         self.class_token, self.class_row, self.dynamic_img_size = class_token, class_row, dynamic_img_size
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, stride)
-        self.grid = self.patch_embed.grid(*self.img_size)
-        if min(self.grid) < 1:
-            raise ValueError(f"Vim: images must be at least one patch ({patch_size}) each way, got {self.img_size}")
+        self.grid = self._grid()
         extra = CLASS_TOKENS[class_token]
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if extra else None
         self.cls_token_tail = nn.Parameter(torch.empty(1, 1, embed_dim)) if extra == 2 else None
@@ -159,6 +158,12 @@ class Vim(Isotropic):
         self.head = linear_head(embed_dim, num_classes)
         self.describe(embed_dim, self.patch_embed.stride, num_classes, global_pool)
         self.init_weights()
+
+    def _grid(self) -> tuple[int, int]:
+        grid, patch = self.patch_embed.grid(*self.img_size), self.patch_embed.patch_size
+        if min(grid) < 1:
+            raise ValueError(f"Vim: img_size must be at least one patch ({patch}) each way, got {self.img_size}")
+        return grid
 
     def init_weights(self) -> None:
         lecun_normal_(self.patch_embed.proj.weight)
@@ -210,7 +215,7 @@ class Vim(Isotropic):
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Change the size of the images; the position table is resized."""
         self.img_size = to_2tuple(img_size)
-        old, self.grid = self.grid, self.patch_embed.grid(*self.img_size)
+        old, self.grid = self.grid, self._grid()
         if self.pos_embed is not None:
             with torch.no_grad():
                 table = resize_tokens(self.pos_embed, old, self.grid, self.class_token, self.class_row)
@@ -256,20 +261,15 @@ def check_size(shape: Sequence[int], img_size: tuple[int, int]) -> None:
 def _check_options(
     global_pool: str, class_token: str | None, rope: str | None = None, dynamic_img_size: bool = False
 ) -> None:
-    _check_part("class_token", class_token, CLASS_TOKENS)
-    _check_part("global_pool", global_pool, POOLS)
-    _check_part("rope", rope, ("stream", "block", None))
+    check_choice("Vim", "class_token", class_token, CLASS_TOKENS)
+    check_choice("Vim", "global_pool", global_pool, POOLS)
+    check_choice("Vim", "rope", rope, ("stream", "block", None))
     if global_pool == "token" and class_token is None:
         raise ValueError("Vim: global_pool='token' needs a class token; pass global_pool='avg' or class_token='middle'")
     if rope and class_token == "ends":
         raise ValueError("Vim: rope turns patches behind at most one class token, got class_token='ends'")
     if rope and dynamic_img_size:
         raise ValueError("Vim: rope has a table of one size; drop dynamic_img_size and call set_input_size")
-
-
-def _check_part(name: str, value: str | None, parts: Iterable[str | None]) -> None:
-    if value not in parts:
-        raise ValueError(f"Vim: {name} must be one of {', '.join(map(repr, parts))}, got {value!r}")
 
 
 class VimBackbone(nn.Module):
@@ -287,8 +287,13 @@ class VimBackbone(nn.Module):
         self, trunk: Vim, out_indices: Sequence[int] = (5, 11, 17, 23), features: str = "branch", last: str = "branch"
     ):
         super().__init__()
-        if len(out_indices) not in (1, 4):
-            raise ValueError(f"VimBackbone: out_indices must name one block or four, got {tuple(out_indices)}")
+        depth = len(trunk.blocks)
+        if len(out_indices) not in (1, 4) or not all(0 <= i < depth for i in out_indices):
+            raise ValueError(
+                f"VimBackbone: out_indices must name one block or four of {depth}, got {tuple(out_indices)}"
+            )
+        check_choice("VimBackbone", "features", features, ("branch", "stream"))
+        check_choice("VimBackbone", "last", last, ("branch", "stream", "norm"))
         trunk.remove_class_token()
         trunk.reset_classifier(0, "")
         self.out_indices, self.features, self.last = tuple(out_indices), features, last

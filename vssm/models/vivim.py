@@ -23,10 +23,11 @@ from vssm.layers.conv import ConvMixer, depthwise
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map, over_tokens, to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.parts import chosen
 from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.models.keys import Rule, also, drop, rename
 from vssm.models.mamba_keys import mamba_keys
-from vssm.models.segmenter import Segmenter, chosen
+from vssm.models.segmenter import Segmenter
 from vssm.models.variant import NotCovered, Published, Variant
 
 REPOSITORY = "scott-yjyang/Vivim"

@@ -24,6 +24,7 @@ from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map
 from vssm.layers.mixer import ScanMixer
 from vssm.layers.norm import NORMS
+from vssm.layers.parts import chosen
 from vssm.layers.position import resize_map
 from vssm.layers.ssm import ssm_parameters
 from vssm.layers.stem import ConvStem, PatchStem
@@ -126,22 +127,22 @@ class VMamba(Hierarchical):
     ):
         if spatial_dims != 2:
             _check_volumes(spatial_dims, num_classes, global_pool, mixer, norm, position_size)
-        dims = widths("VMamba", dim, depths)
-        make_norm = _part("norm", norm, NORMS)
+        dims, part = widths("VMamba", dim, depths), partial(chosen, "VMamba")
+        make_norm = part("norm", norm, NORMS)
         make_mixer = partial(
-            _part("mixer", mixer, MIXERS), scan=scan, scan_options=scan_options, expand=expand, d_state=d_state,
+            part("mixer", mixer, MIXERS), scan=scan, scan_options=scan_options, expand=expand, d_state=d_state,
             dt_rank=dt_rank, conv="grid" if conv_size else None, conv_size=conv_size, conv_bias=conv_bias, act=act,
             gate=gate, out_norm=out_norm, out_act=out_act, init=init, spatial_dims=spatial_dims,
         )  # fmt: skip
-        make_mlp = partial(_part("mlp", mlp, MLPS), ratio=mlp_ratio, act=get_act_layer(mlp_act)) if mlp_ratio else None
-        make_downsample = _part("downsample", downsample, DOWNSAMPLES)
+        make_mlp = partial(part("mlp", mlp, MLPS), ratio=mlp_ratio, act=get_act_layer(mlp_act)) if mlp_ratio else None
+        make_downsample = part("downsample", downsample, DOWNSAMPLES)
         stages = make_stages(
             depths, dims, drop_path_rate,
             block=lambda i, j, rate: MixerBlock(dims[i], make_mixer, make_mlp, make_norm, rate),
             downsample=lambda dim, out: make_downsample(dim, out, make_norm, spatial_dims=spatial_dims),
         )  # fmt: skip
         side = position_size // patch_size if position_size else None
-        made_stem = _part("stem", stem, STEMS)(
+        made_stem = part("stem", stem, STEMS)(
             in_chans, dims[0], patch_size, make_norm, side, spatial_dims=spatial_dims
         )
         super().__init__(
@@ -161,12 +162,6 @@ class VMamba(Hierarchical):
             return dict(state)
         grid = self.stem.pos_embed.shape[2:]
         return adapted(state, "stem.pos_embed", lambda table: resize_map(table, grid))
-
-
-def _part(name: str, value: str, parts: Mapping[str, Any]) -> Any:
-    if value not in parts:
-        raise ValueError(f"VMamba: {name} must be one of {', '.join(parts)}, got {value!r}")
-    return parts[value]
 
 
 def _check_volumes(

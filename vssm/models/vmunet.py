@@ -13,9 +13,9 @@ from typing import Any
 
 from vssm.layers.conv import ConvMixer
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.parts import chosen
 from vssm.models.keys import Rule, rename
 from vssm.models.patchunet import PatchUNet, keys, run, translate
-from vssm.models.segmenter import chosen
 from vssm.models.variant import Published, Variant
 
 REPOSITORY = "JCruan519/VM-UNet"
