@@ -15,8 +15,9 @@ import numpy as np
 from vssm.data.augmentation import PatchAugment
 from vssm.data.loading import Loader
 from vssm.data.mni152 import CLASSES, Subject
+from vssm.data.preparation import Preparation, Split
 from vssm.data.volume_files import Case, stem_of, suffix_of
-from vssm.data.volumes import Preparation, Sampling, Split, VolumeData
+from vssm.data.volumes import Sampling, VolumeData
 
 
 class MNI152(VolumeData):
