@@ -97,8 +97,8 @@ class Scans(Dataset):
 
 
 def ran_elsewhere(request: pytest.FixtureRequest) -> bool:
-    """Run the test in a fresh process if this one has used a GPU: autograd's threads for it forbid a fork."""
-    if not torch.cuda.is_initialized():
+    """Run the test in a fresh process without a GPU if there is one: autograd's threads for it forbid a fork."""
+    if not torch.cuda.is_available():
         return False
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", request.node.nodeid]
     environment = {name: x for name, x in os.environ.items() if "XDIST" not in name} | {"CUDA_VISIBLE_DEVICES": ""}
