@@ -10,6 +10,7 @@ from toy import save_as_trained
 
 from vssm.checkpoints import digest, read_checkpoint, write_checkpoint
 from vssm.checkpoints.digest import grouped
+from vssm.checkpoints.files import written_whole
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
@@ -82,6 +83,17 @@ def test_metadata_of_safetensors(tmp_path):
     """It says what the weights are."""
     write_checkpoint(STATE, tmp_path / "x.safetensors", {"model": "toy"})
     assert read_checkpoint(tmp_path / "x.safetensors").metadata == {"format": "pt", "model": "toy"}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "new folder" / "file.csv"
+    with written_whole(file) as part:
+        part.write_text("old", encoding="utf-8")
+        assert not file.exists()
+    with pytest.raises(ZeroDivisionError), written_whole(file) as part:
+        part.write_text(f"ne{1 / 0}", encoding="utf-8")
+    assert file.read_text() == "old"
+    assert [path.name for path in file.parent.iterdir()] == ["file.csv"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -108,6 +108,8 @@ def test_batches_without_a_readable_image_are_passed_over(data, tmp_path):
     with pytest.warns(UserWarning, match="cannot be read"):
         Trainer(**QUIET, callbacks=[writer]).predict(Classification(Tiny(), 2), data)
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + 6
+    Trainer(**QUIET, callbacks=[writer]).predict(Classification(Tiny(), 2), data)
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + 6  # nothing is left of the first time
 
 
 def test_top5_is_there_from_six_classes_on():
@@ -254,4 +256,7 @@ def test_what_does_not_fit_is_refused(data):
         Classification(Tiny(), 2, pretrained=True)
     with pytest.raises(ValueError, match="num_classes and pretrained stand beside model_kwargs"):
         Classification("test_vit", 2, model_kwargs={"num_classes": 3})
+    data.loader = Loader(batch_size=3, workers=0)
+    with pytest.raises(ValueError, match=r"mixup pairs the images of a batch, .* must be even, got 3"):
+        Trainer(**QUIET, max_epochs=1).fit(Classification(Tiny(), 2, mixup=Mixup(cutmix_alpha=1.0)), data)
     assert copy.deepcopy(Classification(Tiny(), 2)).num_classes == 2

@@ -1,4 +1,4 @@
-"""Files are replaced whole; averages are evaluated and saved; random states survive a checkpoint."""
+"""A checkpoint is replaced whole; averages are evaluated and saved; random states survive a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,18 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from vssm.tasks.random_state import get_random_state, set_random_state
-from vssm.tasks.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, WeightAverage, written_whole
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "new folder" / "file.csv"
-    with written_whole(file) as part:
-        part.write_text("old", encoding="utf-8")
-        assert not file.exists()
-    with pytest.raises(ZeroDivisionError), written_whole(file) as part:
-        part.write_text(f"ne{1 / 0}", encoding="utf-8")
-    assert file.read_text() == "old"
-    assert [path.name for path in file.parent.iterdir()] == ["file.csv"]
+from vssm.tasks.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, WeightAverage
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):

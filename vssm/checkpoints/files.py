@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,30 +97,31 @@ def write_checkpoint(state: Mapping[str, Tensor], path: str | Path, metadata: Ma
     The file appears under its name only when it is complete.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    if Path(path).suffix == ".safetensors":
-        # safetensors refuses tensors that share memory
-        state = {key: value.clone() for key, value in state.items()}
-        written = {"format": "pt", **(metadata or {})}
-        _atomically(path, lambda part: safetensors.torch.save_file(state, part, metadata=written))
-    else:
-        _atomically(path, lambda part: torch.save({"model": state, "metadata": dict(metadata or {})}, part))
+    with written_whole(path) as part:
+        if Path(path).suffix == ".safetensors":
+            # safetensors refuses tensors that share memory
+            state = {key: value.clone() for key, value in state.items()}
+            safetensors.torch.save_file(state, part, metadata={"format": "pt", **(metadata or {})})
+        else:
+            torch.save({"model": state, "metadata": dict(metadata or {})}, part)
 
 
-def _atomically(path: str | Path, write: Callable[[str], None]) -> None:
-    """Call ``write`` with a temporary name in the folder of ``path``, then rename."""
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a file to write beside ``path``, which then takes its place in one step; on an exception nothing changes.
+
+    Whoever reads ``path`` finds the old content or the new, also when the process is killed in between.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
+    part = path.with_name(f".part-{path.name}")  # one name, so that a killed process leaves no second file behind
     try:
-        write(part)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(part, 0o666 & ~mask)                # mkstemp made it private
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:

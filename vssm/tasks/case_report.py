@@ -13,8 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from vssm.checkpoints.files import written_whole
 from vssm.tasks.report import write_table
-from vssm.tasks.saving import written_whole
 
 
 @dataclass(frozen=True)

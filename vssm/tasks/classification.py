@@ -121,6 +121,10 @@ class Classification(Task):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if stage == "fit" and self.mixup is not None and (size := self.trainer.datamodule.loader.batch_size) % 2:
+            raise ValueError(
+                f"Classification: mixup pairs the images of a batch, so loader.batch_size must be even, got {size}"
+            )
         if stage == "fit" and self.distillation is not None:
             self._teacher = [self.distillation.build(self.model, self.num_classes)]
 

@@ -15,10 +15,10 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms.v2.functional import to_dtype, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
+from vssm.checkpoints.files import written_whole
 from vssm.registries.torchvision import create_detector
 from vssm.tasks.base import Task
 from vssm.tasks.optimizer import Optimizer, Schedule
-from vssm.tasks.saving import written_whole
 
 Shown = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]       # an image, what was found in it, what is there
 

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vssm.tasks.saving import written_whole
+from vssm.checkpoints.files import written_whole
 
 
 class RunReport(Callback):
@@ -165,6 +165,9 @@ class PredictionWriter(Callback):
     def __init__(self, path: str = "predictions.csv"):
         self.path = path
         self.rows: list[tuple[int, dict[str, Any]]] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.rows = []
 
     def on_predict_batch_end(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,11 +15,11 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
 
 from vssm.checkpoints import load_weights
+from vssm.checkpoints.files import written_whole
 from vssm.data.scenes import IGNORED
 from vssm.registries.zoo import create_model, find
 from vssm.tasks.base import Task
 from vssm.tasks.optimizer import Optimizer, Schedule
-from vssm.tasks.saving import written_whole
 
 
 class SemanticSegmentation(Task):
@@ -68,6 +69,10 @@ class SemanticSegmentation(Task):
     ):
         if not 0 <= overlap < 1:
             raise ValueError(f"SemanticSegmentation: overlap must be 0 or more and below 1, got {overlap}")
+        if window is not None and find_spec("monai") is None:
+            raise ValueError(
+                "SemanticSegmentation: window needs MONAI, which is not installed; run: pip install 'vssm[medical]'"
+            )
         super().__init__(
             _build(model, num_classes, model_kwargs or {}, pretrained, backbone_pretrained, backbone_checkpoint_path),
             optimizer=optimizer,
