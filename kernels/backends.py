@@ -2,7 +2,8 @@
 
 An op is a folder, a backend is a module in it: ``reference`` (the definition), ``torch`` (plain tensor operations, any
 device), ``cpu`` (compiled by Numba) and ``triton`` (CUDA, ROCm, XPU). The device decides; ``backend=``,
-:func:`use_backend` and the environment variable ``VSSM_BACKEND``, in this order, overrule it.
+:func:`use_backend` and the environment variable ``VSSM_BACKEND``, in this order, overrule it (set the variable before
+the first call: the selective scan reads it once for operands of a kind).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BACKENDS = ("reference", "torch", "cpu", "triton")
 PREFERRED = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch"), "xpu": ("triton", "torch")}  # others: torch
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
-_forced: ContextVar[str | None] = ContextVar("vssm_backend", default=None)
+forced: ContextVar[str | None] = ContextVar("vssm_backend", default=None)
 
 
 @contextmanager
@@ -34,16 +35,16 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: If there is no backend of that name. An op that it cannot run raises when it is called.
     """
-    token = _forced.set(_known("use_backend", name) if name is not None else None)
+    token = forced.set(_known("use_backend", name) if name is not None else None)
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.reset(token)
 
 
 def forced_backend() -> str | None:
     """The backend that :func:`use_backend` or ``VSSM_BACKEND`` asks for, or None."""
-    return _forced.get() or _known("VSSM_BACKEND", os.environ.get("VSSM_BACKEND") or None)
+    return forced.get() or _known("VSSM_BACKEND", os.environ.get("VSSM_BACKEND") or None)
 
 
 def available_backends(op: str) -> list[str]:

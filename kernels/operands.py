@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+_thread = threading.local()
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
@@ -65,3 +69,21 @@ def check_cells(op: str, **indices: tuple[Tensor | None, int]) -> None:
                     f"{op}: {name} must name cells 0 to {cells - 1}, or {cells} for padding, "
                     f"got {int(low)} to {int(high)}"
                 )
+
+
+@contextmanager
+def fleeting() -> Iterator[None]:
+    """Operands inside are those of a compiled graph, which may use their memory again, and what is allocated inside.
+
+    What is derived from them (the inverse of a table) must not be remembered; in a CUDA graph it is overwritten.
+    """
+    before = is_fleeting()
+    _thread.fleeting = True
+    try:
+        yield
+    finally:
+        _thread.fleeting = before
+
+
+def is_fleeting() -> bool:
+    return getattr(_thread, "fleeting", False)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vssm.kernels.operands import is_fleeting
 from vssm.kernels.triton_replay import empty, note
 from vssm.kernels.triton_shared import clear, invert, sum_parameters, sum_visits
 
@@ -86,12 +87,17 @@ def _announce(seconds: float) -> None:
         )
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether kernels are launched on ``device`` as it is."""
+    if device.type == "cuda":
+        return torch.cuda.current_device() == device.index
+    # The CPU stands for Triton's interpreter.
+    return device.type == "cpu" or torch.get_device_module(device).current_device() == device.index
+
+
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Make ``device`` the current one, where kernels are launched."""
-    if device.type == "cpu":  # Triton's interpreter
-        return nullcontext()
-    module = torch.get_device_module(device)
-    return nullcontext() if module.current_device() == device.index else module.device(device)
+    return nullcontext() if is_current(device) else torch.get_device_module(device).device(device)
 
 
 def cdiv(x: int, y: int) -> int:
@@ -143,22 +149,28 @@ class Visits(NamedTuple):
     complete: bool  # every row is known to visit every cell
 
 
+WHOLE = Visits(None, None, True)  # step t visits cell t
 _inverses: OrderedDict[tuple[Any, ...], tuple[Tensor, int, Visits]] = OrderedDict()
+_captured: dict[int, Visits] = {}  # CUDA graphs read these as long as they live, which nobody can know
 
 
 def visits(index: Tensor | None, cells: int, revisits: bool) -> Visits:
     """The inverse of a table; remembered, with its table, if that is shared by the samples."""
     if index is None:
-        return Visits(None, None, True)
-    if index.dim() == 3 or index.is_inference() or index.device.type == "cpu":
+        return WHOLE
+    if is_fleeting() or index.dim() == 3 or index.is_inference() or index.device.type == "cpu":
         return _inverse(index, cells, revisits)
-    key = (index.data_ptr(), index.shape, index.stride(), index.device, cells, revisits)
-    found = _inverses.get(key)  # its address is not another's as long as the table is kept
+    # Its address is not another's as long as the table is kept.
+    key = (index.data_ptr(), index.shape, index.stride(), cells, revisits)
+    found = _inverses.get(key)
+    capturing = index.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if found is not None and found[1] == index._version:
+        if capturing:
+            _captured[id(found[2])] = found[2]
         return found[2]
     inverse = _inverse(index, cells, revisits)
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return inverse  # it lives in the graph's memory
+    if capturing:
+        return inverse  # it lies in the graph's memory
     if inverse.first is None:  # waits for the device, as other streams may use what is remembered
         inverse = inverse._replace(complete=bool((inverse.visit >= 0).all()))
     else:

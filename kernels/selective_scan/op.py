@@ -1,22 +1,23 @@
-"""The public op: checks, dispatch, gradients.
+"""The public op: kinds, dispatch, gradients.
 
-Eager calls go through ``autograd.Function``, a tenth of a custom op's cost; compilers see the custom op
-``vssm::selective_scan``. Both call :func:`_forward` and :func:`_backward`, which hand the problem to a backend.
+An eager call finds its :class:`Kind` (checked once), is recorded by ``autograd.Function``, a tenth of a custom op's
+cost, and handed to a backend; compilers see the custom op ``vssm::selective_scan``. Both call :func:`_forward` and
+:func:`_backward`.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from vssm.kernels.backends import choose, implementation, traced
-from vssm.kernels.checks import match
-from vssm.kernels.operands import Facts, check_cells, check_kinds, dense, index_or_steps
+from vssm.kernels.backends import implementation, traced
+from vssm.kernels.operands import check_cells, dense, fleeting, index_or_steps
 from vssm.kernels.selective_scan import reference
+from vssm.kernels.selective_scan.kind import Kind, Operands, check, chosen, clean, dtypes, kind_of, layouts
 from vssm.kernels.selective_scan.problem import Problem
 
 OPERANDS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")  # what has a gradient, in this order
@@ -87,71 +88,34 @@ def selective_scan(
     """
     if merge not in (None, "sum"):
         raise ValueError(f"selective_scan: merge must be None or 'sum', got {merge!r}")
-    read = index_or_steps("selective_scan", "read", read, table)
-    write = index_or_steps("selective_scan", "write", write, table)
-    operands = (u, delta, A, B, C, D, z, delta_bias, table, read, write, initial_state)
-    if torch.compiler.is_compiling():  # sizes may be symbols there, which do not hash
-        k = _check(*operands, read is table)
-    else:
-        k = _check_once(*(None if x is None else Facts(x.shape, x.dtype, x.device) for x in operands), read is table)
-
-    if not u.is_meta and torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(u.device.type)
-        u, delta, B, C = u.to(dtype), delta.to(dtype), B.to(dtype), C.to(dtype)
-        z = z if z is None else z.to(dtype)
-    compute = torch.float64 if u.dtype == torch.float64 else torch.float32
-    A = A.to(compute)
-    D = D if D is None else D.to(compute)
-    delta_bias = delta_bias if delta_bias is None else delta_bias.to(compute)
-    initial_state = initial_state if initial_state is None else initial_state.to(compute)
-
-    chosen = _chosen(u.device, u.dtype, backend)
-    tensors = [dense(x) for x in (u, delta, A, B, C, D, z, delta_bias, table, read, write, initial_state)]
-    problem: list[Any] = [*tensors, delta_softplus, merge == "sum", revisits is not False]
-    if chosen == "reference":
-        return reference.selective_scan(_checked(Problem(*problem)))
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    read = table if read is None else index_or_steps("selective_scan", "read", read, table)
+    write = table if write is None else index_or_steps("selective_scan", "write", write, table)
+    operands: Operands = (u, delta, A, B, C, D, z, delta_bias, table, read, write, initial_state)
+    options = (bool(delta_softplus), merge == "sum", revisits is not False)
     if traced(u):
-        y, last_state, _, _ = torch.ops.vssm.selective_scan(*problem, save, chosen, k)
-        return y, last_state
-    if save:
-        return _SelectiveScan.apply(*problem, chosen)
-    return _forward(Problem(*problem), False, chosen)[:2]
+        return _traced(operands, options, backend)
+    kind = kind_of(operands, options, backend)
+    if not kind.as_given:
+        operands = kind.cleaned(operands)
+    if kind.save and kind.backend != "reference":
+        return _apply(kind, *kind.saved(operands))
+    p = Problem(*[*operands, *options])
+    return reference.selective_scan(_checked(p)) if kind.backend == "reference" else _forward(p, False, kind)[:2]
 
 
-def _check(
-    u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any,
-    table: Any, read: Any, write: Any, initial_state: Any, read_by_table: bool,
-) -> int:  # fmt: skip
-    """Check all operands, tensors or their Facts, against each other; returns the number of rows."""
-    who = "selective_scan"
-    sizes = match(who, u=(u, "b k? l d"))
-    sizes = match(who, sizes, table=(table, "b? k t"), read=(read, "b? k t"), write=(write, "b? k t"))
-    cells = sizes["l"]
-    steps = sizes.setdefault("t", cells)
-    if table is None and steps != cells:
-        raise ValueError(f"{who}: without a table there are as many steps as cells ({cells}), got {steps}")
-    if read is None or read_by_table:
-        sizes["r"] = steps if read is None else cells
-    sizes = match(who, sizes, delta=(delta, "b k? r d"), A=(A, "k? d n"), B=(B, "b k? r n"), C=(C, "b k? r n"),
-                  D=(D, "k? d"), delta_bias=(delta_bias, "k? d"))  # fmt: skip
-    sizes.setdefault("k", 1)
-    empty = [axis for axis in "kltn" if sizes[axis] == 0]
-    if empty:
-        raise ValueError(f"{who}: there must be at least one row, cell, step and state, got {empty[0]}=0")
-    sizes["m"] = cells if write is not None else steps
-    match(who, sizes, z=(z, "b m d"), initial_state=(initial_state, "b k d n"))
-    values = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state)
-    check_kinds(who, values, dict(table=table, read=read, write=write))
-    return sizes["k"]
-
-
-_check_once = lru_cache(maxsize=4096)(_check)  # a model calls with few shapes, again and again
-
-
-@torch.compiler.assume_constant_result
-def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
-    return choose("selective_scan", device, dtype, backend)
+def _traced(operands: Operands, options: tuple[bool, bool, bool], backend: str | None) -> tuple[Tensor, Tensor]:
+    """The call as compilers and tracers see it; sizes may be symbols there, which do not hash."""
+    table, read = operands[8:10]
+    k = check(operands, read is table)
+    u = operands[0]
+    wanted = dtypes(operands)
+    problem: list[Any] = [*(clean(x, dtype) for x, dtype in zip(operands, wanted)), *options]
+    name = chosen(u.device, wanted[0] or u.dtype, backend)
+    if name == "reference":
+        return reference.selective_scan(_checked(Problem(*problem)))
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem[:12])
+    y, last_state, _, _ = torch.ops.vssm.selective_scan(*problem, save, name, k)
+    return y, last_state
 
 
 def _checked(p: Problem) -> Problem:
@@ -162,24 +126,41 @@ def _checked(p: Problem) -> Problem:
     return p
 
 
-def _forward(p: Problem, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, last state, and what the backward needs: states inside the sequence, y before the gate."""
+def _forward(p: Problem, save: bool, kind: Kind | str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y, last state, and what the backward needs: states inside the sequence, y before the gate.
+
+    ``kind`` is that of the call, or the backend's name.
+    """
     if p.u.numel() == 0:
-        y, last_state = p.u.new_zeros(p.y_shape), p.u.new_zeros(p.state_shape, dtype=p.compute_dtype)
-        return y, last_state, p.A.new_empty(0), p.A.new_empty(0)
-    return implementation("selective_scan", backend).forward(_checked(p), save)
+        return p.u.new_zeros(p.y_shape), p.u.new_zeros(p.state_shape, dtype=p.compute_dtype), None, None
+    name = kind if isinstance(kind, str) else kind.backend
+    run = implementation("selective_scan", name).forward
+    if name == "triton":
+        return run(p, save, None if isinstance(kind, str) else kind)
+    return run(_checked(p), save)
 
 
 def _backward(
-    p: Problem, grad_y: Tensor | None, grad_last: Tensor | None, states: Tensor, ungated: Tensor, backend: str
+    p: Problem,
+    grad_y: Tensor | None,
+    grad_last: Tensor | None,
+    states: Tensor | None,
+    ungated: Tensor | None,
+    backend: str,
+    kind: Kind | None = None,
+    needed: tuple[bool, ...] = (True,) * 12,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of OPERANDS, each contiguous and in its operand's shape and dtype; None where there is no operand."""
+    """Gradients of OPERANDS, each contiguous and in its operand's shape and dtype; None where there is no operand.
+
+    ``kind`` is that of the call if the problem is as it was then. Gradients that are not ``needed`` may be None.
+    """
     if p.u.numel() == 0:
         return tuple(None if (x := getattr(p, name)) is None else _like(x).zero_() for name in OPERANDS)
     grad_y = p.u.new_zeros(p.y_shape) if grad_y is None else dense(grad_y)
-    if grad_last is None and backend != "triton":  # where it costs a launch
-        grad_last = p.A.new_zeros(p.state_shape)
-    return implementation("selective_scan", backend).backward(p, grad_y, dense(grad_last), states, ungated)
+    run = implementation("selective_scan", backend).backward
+    if backend == "triton":  # where zeros for grad_last would cost a launch
+        return run(p, grad_y, dense(grad_last), states, kind, needed)
+    return run(p, grad_y, p.A.new_zeros(p.state_shape) if grad_last is None else dense(grad_last), states, ungated)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -188,22 +169,38 @@ def _like(x: Tensor) -> Tensor:
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *problem, backend = args
-        p = Problem(*problem)
-        y, last_state, states, ungated = _forward(p, True, backend)
-        ctx.save_for_backward(*problem[:12], states, ungated)
-        ctx.flags, ctx.backend = problem[12:], backend
+    def forward(ctx: Any, kind: Kind, *operands: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, last_state, states, ungated = _forward(kind.problem(operands), True, kind)
+        ctx.save_for_backward(*operands, states, ungated)
+        ctx.kind = kind
         ctx.set_materialize_grads(False)
         return y, last_state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, states, ungated = ctx.saved_tensors
-        grads = _backward(Problem(*tensors, *ctx.flags), grad_y, grad_last, states, ungated, ctx.backend)
-        u, delta, A, B, C, D, z, delta_bias, initial_state = grads
-        return u, delta, A, B, C, D, z, delta_bias, None, None, None, initial_state, None, None, None, None
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, grad_y, grad_last)
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
+    *operands, states, ungated = ctx.saved_tensors
+    kind = ctx.kind
+    # Hooks on saved tensors may bring them back in other layouts.
+    same = kind if layouts(operands) == kind.saved_layouts else None
+    needed = ctx.needs_input_grad[1:]
+    grads = _backward(kind.problem(operands), grad_y, grad_last, states, ungated, kind.backend, same, needed)
+    u, delta, A, B, C, D, z, delta_bias, initial_state = grads
+    return None, u, delta, A, B, C, D, z, delta_bias, None, None, None, initial_state
+
+
+_gradients_once = once_differentiable(_gradients)
+_record = super(torch.autograd.Function, _SelectiveScan).apply
+
+
+def _apply(*args: Any) -> tuple[Tensor, Tensor]:
+    """``_SelectiveScan.apply``, without what it does for functorch where no transform of it is active."""
+    if torch._C._are_functorch_transforms_active():
+        return _SelectiveScan.apply(*args)
+    return _record(*args)
 
 
 _TENSORS = (
@@ -226,7 +223,10 @@ def _real(problem: list[Any]) -> Problem:
 )
 def _op(*args: Any) -> tuple[Tensor, ...]:
     *problem, save, backend, _ = args
-    y, last_state, states, ungated = _forward(_real(problem), save, backend)
+    p = _real(problem)
+    with fleeting():
+        y, last_state, *saved = _forward(p, save, backend)
+    states, ungated = (p.A.new_empty(0) if x is None else x for x in saved)
     return y, last_state, states.flatten(), ungated
 
 
@@ -254,7 +254,8 @@ def _backward_op(grad_y: Tensor, grad_last: Tensor, *args: Any) -> list[Tensor]:
     p = _real(problem)
     if states.numel():
         states = states.view(implementation("selective_scan", backend).saved(p.b, p.k, p.t, p.d, p.n, p.u.dtype)[0])
-    grads = _backward(p, grad_y, grad_last, states, ungated, backend)
+    with fleeting():
+        grads = _backward(p, grad_y, grad_last, states, ungated, backend)
     return [g for g in grads if g is not None]
 
 

@@ -51,6 +51,12 @@ class Problem(NamedTuple):
         return self[:12]
 
     @property
+    def distinct(self) -> tuple[Tensor | None, ...]:
+        """The same, with None for ``read`` and ``write`` where they are the table itself."""
+        table, read, write = self[8:11]
+        return (*self[:9], None if read is table else read, None if write is table else write, self[11])
+
+    @property
     def b(self) -> int:
         return self.u.shape[0]
 

@@ -22,6 +22,7 @@ row visits a cell twice; otherwise, and wherever rows are summed, steps leave th
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from vssm.kernels.triton_launch import (
     cdiv,
     clear_unvisited,
     index_strides,
+    is_current,
     launch,
     on,
     parameter_grads,
@@ -159,16 +161,21 @@ def aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
 
 
-def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, last state, with ``save`` every ``interval``-th state, and nothing: y before the gate is computed again."""
-    with on(p.u.device):
-        found = visits(p.write, p.m, p.revisits)
-        options = (forward, save, found.complete, use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits)
-        y, last, states, nothing = replayed(lambda: _forward(p, save, found), (*p.tensors, *found[:2]), options)
-    return y, last, states, nothing
+def forward(p: Problem, save: bool, kind: Hashable = None) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """y, last state, with ``save`` every ``interval``-th state, and nothing: y before the gate is computed again.
+
+    ``kind`` stands for options, shapes, strides and dtypes of the problem, if the caller knows them.
+    """
+    if not is_current(p.u.device):
+        with on(p.u.device):
+            return forward(p, save, kind)
+    found = visits(p.write, p.l, p.revisits)
+    options = ("forward", save, found.complete, use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits)
+    y, last, states = replayed(lambda: _forward(p, save, found), (*p.distinct, *found[:2]), options, kind)
+    return y, last, states, None
 
 
-def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor]:
+def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor | None]:
     b, k, l, r, m, t, d, n = p.b, p.k, p.l, p.r, p.m, p.t, p.d, p.n
     kernels = fitting(p)
     how = plan(b, k, t, d, n, _bfloat16(p), kernels is not PLAIN, processors(p.u.device), False)
@@ -222,28 +229,46 @@ def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor]:
         sum_by_cell(parts, found, y, z=p.z)
     elif search:
         clear_unvisited(y, found)
-    return [y, last, new((0,)) if states is None else states, new((0,))]
+    return [y, last, states]
 
 
 def backward(
-    p: Problem, grad_y: Tensor, grad_last: Tensor | None, states: Tensor, _: Tensor
+    p: Problem,
+    grad_y: Tensor,
+    grad_last: Tensor | None,
+    states: Tensor,
+    kind: Hashable = None,
+    needed: tuple[bool, ...] = (True,) * 12,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; ``grad_last`` may be None for zero."""
-    with on(p.u.device):
-        by_read = visits(p.read, p.r, p.revisits)
-        by_table = by_read if same(p.read, p.table) and p.r == p.l else visits(p.table, p.l, p.revisits)
-        by_write = visits(p.write if p.z is not None else None, p.m, p.revisits)
-        found = by_read, by_table, by_write
-        tensors = (*p.tensors, grad_y, grad_last, states, *(x for visited in found for x in visited[:2]))
-        flags = use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits
-        options = (backward, *(visited.complete for visited in found), *flags)
-        grads = replayed(lambda: _backward(p, grad_y, grad_last, states, *found), tensors, options)
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; ``grad_last`` may be None for zero.
+
+    ``kind`` is as for the forward; ``needed`` says of each operand whether its gradient is: others may be None.
+    """
+    if not is_current(p.u.device):
+        with on(p.u.device):
+            return backward(p, grad_y, grad_last, states, kind, needed)
+    l, r, same_cells = p.l, p.r, p.l == p.r
+    by_read = visits(p.read, r, p.revisits)
+    by_table = by_read if same_cells and same(p.read, p.table) else visits(p.table, l, p.revisits)
+    write = None if p.z is None else p.write
+    by_write = by_read if same_cells and same(write, p.read) else visits(write, l, p.revisits)
+    parameters, gates = needed[2] or needed[5] or needed[7], needed[3] or needed[4]
+    found = (by_read, None if by_table is by_read else by_table, None if by_write is by_read else by_write)
+    tensors = (*p.distinct, grad_y, grad_last, states, *[x for visited in found if visited for x in visited[:2]])
+    flags = (use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits, parameters, gates)
+    options = ("backward", *[visited and visited.complete for visited in found], *flags)
+    if kind is not None:
+        kind = (kind, *[x if x is None else (x.dtype, x.shape, x.stride()) for x in (grad_y, grad_last, states)])
+    grads = replayed(
+        lambda: _backward(p, grad_y, grad_last, states, by_read, by_table, by_write, parameters, gates),
+        tensors, options, kind,
+    )  # fmt: skip
     return tuple(grads)
 
 
 def _backward(
     p: Problem, grad_y: Tensor, grad_last: Tensor | None, states: Tensor, by_read: Visits, by_table: Visits,
-    by_write: Visits,
+    by_write: Visits, parameters: bool, gates: bool,
 ) -> list[Tensor | None]:  # fmt: skip
     b, k, l, r, m, t, d, n = p.b, p.k, p.l, p.r, p.m, p.t, p.d, p.n
     kernels = fitting(p)
@@ -310,13 +335,15 @@ def _backward(
     du = _by_cell(du, p.u, by_table, du_cells)
     ddelta = _by_cell(ddelta, p.delta, by_read, ddelta_cells)
     dz = dz if dz is None or p.z is None else _by_cell(dz, p.z, by_write, dz_cells)
-    dB, dC = (empty(x.shape, x.dtype, x.device) for x in (p.B, p.C))
-    if p.B.dim() == p.C.dim():
+    dB, dC = (empty(x.shape, x.dtype, x.device) if gates else None for x in (p.B, p.C))
+    if dB is None or dC is None:
+        pass
+    elif p.B.dim() == p.C.dim():
         sum_by_cell(dBC, by_read, dB, out_2=dC)
     else:
         sum_by_cell(dBC[..., :n].contiguous(), by_read, dB)
         sum_by_cell(dBC[..., n:].contiguous(), by_read, dC)
-    dA, dD, dbias = parameter_grads(dparameters, (p.A, p.D, p.delta_bias))
+    dA, dD, dbias = parameter_grads(dparameters, (p.A, p.D, p.delta_bias)) if parameters else (None,) * 3
     return [du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial]
 
 
