@@ -43,7 +43,7 @@ def test_fusion_is_the_merged_kernel_of_the_published_inference(size):
     for m, dilation in enumerate((1, 3, 5)):
         for i in (-1, 0, 1):
             for j in (-1, 0, 1):
-                tap = fusion.alpha[m] * fusion.weight[m, :, 0, 1 + i, 1 + j]
+                tap = fusion.alpha[m] * fusion.weight[m, :, 1 + i, 1 + j]
                 r, c = (rows + dilation * i).clamp(0, size[0] - 1), (columns + dilation * j).clamp(0, size[1] - 1)
                 expected = expected + tap[:, None, None] * x[:, :, r][..., c]
     assert error(fusion(x), expected) < TOLERANCE[torch.float64]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import get_act_layer, register_notrace_function
 from torch import Tensor, nn
 
+from vssm.layers.again import Make
 from vssm.layers.conv import SequenceConv, depthwise
 from vssm.layers.heads import MERGES, join_heads, split_heads
 from vssm.layers.layout import over_map
@@ -142,18 +144,23 @@ class ScanMixer(nn.Module):
     def mix(self, x: Tensor, z: Tensor | None, grid: Sequence[int]) -> Tensor:
         """Convolve, scan (and gate with silu(z)) and normalise (b, l, d) tokens."""
         table = self.table(grid, x.device)
+        origin: tuple[Make, list[Tensor]] | None = None  # of u
         if self.sequence_conv is not None:
             x = split_heads(x, self.heads, self.rows) if self.in_heads else x
-            u = self.sequence_conv(x, table[:1] if self.shared else table, self.revisits)
+            first = table[:1] if self.shared else table
+            convolve: Make = partial(self.sequence_conv, table=first, revisits=self.revisits)  # type: ignore[misc]
+            u, origin = convolve(x), (convolve, [x])
             u = u[:, 0] if self.shared else u
         else:
-            u = self.act(x if self.conv is None else over_map(self.conv, x, grid))
-            u = split_heads(u, self.heads, self.rows) if self.in_heads else u
+            x = x if self.conv is None else over_map(self.conv, x, grid)
+            u, origin = self.act(x), (self.act, [x])
+            if self.in_heads:
+                u, origin = split_heads(u, self.heads, self.rows), None
         if self.in_heads:
-            y = self.ssm(u, table, merge=None, revisits=self.revisits)
+            y = self.ssm(u, table, merge=None, revisits=self.revisits, origin=origin)
             y = join_heads(y, self.heads, self.merge, self.threshold)
         else:
-            y = self.ssm(u, table, z, revisits=self.revisits)
+            y = self.ssm(u, table, z, revisits=self.revisits, origin=origin)
         return self.out_act(y if self.out_norm is None else over_map(self.out_norm, y, grid))
 
     def table(self, grid: Sequence[int], device: torch.device) -> Tensor:

@@ -6,13 +6,14 @@ Every row of a scan table (direction, head, group) has its own; the first axis o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
+from vssm.layers.again import MadeAgain, Make
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -74,30 +75,49 @@ class SelectiveSSM(nn.Module):
         write: str | None = None,
         merge: str | None = "sum",
         revisits: bool | None = None,
+        origin: tuple[Make, Sequence[Tensor]] | None = None,
     ) -> Tensor:
         """Scan ``u`` along ``table``, gate with silu(z), and sum; ``rows`` are those whose parameters are used.
 
-        ``merge=None`` keeps the rows apart, (b, k, l, d).
+        ``merge=None`` keeps the rows apart, (b, k, l, d). Backward makes the step sizes again, and ``u`` too if
+        ``origin`` says how: a function and its arguments.
         """
-        delta, B, C = self.project(u, rows)
-        A_log, D, dt_bias = self.coefficients(rows)
-        if self.shared and not self.per_row:
-            delta, B, C = delta[:, 0], B[:, 0], C[:, 0]
-        y, _ = selective_scan(
-            u, delta, decay(A_log), B, C, D, z, dt_bias,
-            delta_softplus=True, table=table, write=write, merge=merge, revisits=revisits,
-        )  # fmt: skip
+        with MadeAgain() as again:
+            if origin is not None:
+                again.later(u, origin[0], *origin[1])
+            delta, B, C = self.project(u, rows, again)
+            A_log, D, dt_bias = self.coefficients(rows)
+            if self.shared and not self.per_row:
+                delta, B, C = delta[:, 0], B[:, 0], C[:, 0]
+            y, _ = selective_scan(
+                u, delta, decay(A_log), B, C, D, z, dt_bias,
+                delta_softplus=True, table=table, write=write, merge=merge, revisits=revisits,
+            )  # fmt: skip
         return y
 
-    def project(self, u: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, u: Tensor, rows: slice = slice(None), again: MadeAgain | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What the scan reads beside ``u``: raw step sizes (b, k, l, d), B and C (b, k, l, n)."""
         x_proj, dt_weight = self.x_proj[rows], self.dt_weight[rows]
         if self.per_row:
-            dt, B, C = (u @ x_proj.mT).split(self.splits, -1)  # each (b, k, l, ·)
-            return dt @ dt_weight.mT, B, C
-        low = nn.functional.linear(u, x_proj.flatten(0, 1)).unflatten(-1, (-1, sum(self.splits)))
-        dt, B, C = low.transpose(1, 2).split(self.splits, -1)  # each (b, k, l, ·), a view
-        return torch.einsum("bklr,kdr->bkld", dt, dt_weight), B, C
+            low = u @ x_proj.mT
+        else:
+            low = nn.functional.linear(u, x_proj.flatten(0, 1)).unflatten(-1, (-1, sum(self.splits))).transpose(1, 2)
+        dt, B, C = low.split(self.splits, -1)  # each (b, k, l, ·), a view
+        delta = self.step_sizes(dt, dt_weight)
+        return delta if again is None else again.later(delta, self.step_sizes, dt, dt_weight), B, C
+
+    def step_sizes(self, dt: Tensor, weight: Tensor) -> Tensor:
+        """Raw step sizes (b, k, l, d) from their factors (b, k, l, r) and (k, d, r).
+
+        A product a sample and row: the gradient of the weight then sums over few cells at a time, which a GPU does in
+        parallel; over all samples it took a fifth of a training step of VMamba. Ranks are filled up for matrix units.
+        """
+        fill = -self.splits[0] % 8
+        if fill:
+            dt, weight = nn.functional.pad(dt, (0, fill)), nn.functional.pad(weight, (0, fill))
+        return dt @ weight.mT
 
     def coefficients(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """A_log (k, d, n), D (k, d) and the bias of the step sizes (k, d), without k where one set serves all rows."""

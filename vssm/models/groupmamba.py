@@ -78,12 +78,12 @@ class GroupConv(nn.Module):
 
     def __init__(self, groups: int, dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(groups, dim, 1, 3, 3))
+        self.weight = nn.Parameter(torch.empty(groups, dim, 3, 3))
         self.bias = nn.Parameter(torch.zeros(groups, dim))
         nn.init.normal_(self.weight, std=math.sqrt(2 / 9))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.flatten(0, 1), self.bias.flatten()
+        weight, bias = self.weight.flatten(0, 1)[:, None], self.bias.flatten()
         return nn.functional.conv2d(x, weight, bias, padding=1, groups=weight.shape[0])
 
 
@@ -333,6 +333,7 @@ KEYS: list[Rule] = [
     _by_group("out_norm.weight", "out_norm.weight"),
     _by_group("out_norm.bias", "out_norm.bias"),
     _by_group("out_proj.weight", "out_proj.weight"),
+    reshape(r"\.groups\.conv\.weight$", "k d 1 h w -> k d h w"),
     reshape(r"\.ssm\.(x_proj|dt_weight)$", "k 1 r d -> k r d"),
     reshape(r"\.ssm\.dt_bias$", "k 1 d -> k d"),
     rename(r"\.attn\.fc(\d)\.", r".attn.affinity.fc\1."),

@@ -41,12 +41,12 @@ class StateFusion(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(len(DILATIONS), dim, 1, 3, 3))
+        self.weight = nn.Parameter(torch.ones(len(DILATIONS), dim, 3, 3))
         self.alpha = nn.Parameter(torch.ones(len(DILATIONS)))
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = self.weight * self.alpha[:, None, None, None, None]
-        first, *others = (self.dilated(x, kernels[i], dilation) for i, dilation in enumerate(DILATIONS))
+        kernels = self.weight * self.alpha[:, None, None, None]
+        first, *others = (self.dilated(x, kernels[i, :, None], dilation) for i, dilation in enumerate(DILATIONS))
         for other in others:
             first = first + other
         return first
@@ -128,6 +128,7 @@ class SpatialMamba(Hierarchical):
 
 KEYS: list[Rule] = [
     stack(tuple(f"state_fusion.{name}" for name in ("kernel_3", "kernel_3_1", "kernel_3_2")), "state_fusion.weight"),
+    reshape(r"\.state_fusion\.weight$", "k d 1 h w -> k d h w"),
     reshape(r"\.x_proj_weight$", "r d -> 1 r d"),
     reshape(r"\.dt_projs_weight$", "d r -> 1 d r"),
     reshape(r"\.dt_projs_bias$", "d -> 1 d"),
