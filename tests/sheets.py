@@ -32,10 +32,17 @@ def linear(x, p, name):
 
 
 def batch_norm(x, p, name):
-    """Channels first."""
+    """Channels first; by the statistics of the batch where ``p`` has none."""
+    mean = p[f"{name}.running_mean"] if f"{name}.running_mean" in p else x.mean((0, 2, 3))
+    var = p[f"{name}.running_var"] if f"{name}.running_var" in p else x.var((0, 2, 3), unbiased=False)
     shape = (1, -1, 1, 1)
-    x = (x - p[f"{name}.running_mean"].view(shape)) / (p[f"{name}.running_var"].view(shape) + 1e-5).sqrt()
+    x = (x - mean.view(shape)) / (var.view(shape) + 1e-5).sqrt()
     return x * p[f"{name}.weight"].view(shape) + p[f"{name}.bias"].view(shape)
+
+
+def without_statistics(p):
+    """As ``p`` is in training."""
+    return {key: value for key, value in p.items() if "running_" not in key}
 
 
 def conv(x, p, name, stride=1, padding=None):

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from sheets import batch_norm, conv, linear, merge, norm, scan, ssm, sub, unit
+from sheets import batch_norm, conv, linear, merge, norm, scan, ssm, sub, unit, without_statistics
 
 import vssm
 from vssm.models.keys import to_published
@@ -315,6 +315,7 @@ SHEETS = {
 @pytest.mark.parametrize(("size", "channels", "batch"), [((37, 45), 1, 1), ((51, 30), 5, 2)], ids=str)
 @pytest.mark.parametrize("name", SHEETS)
 def test_a_model_is_that_of_its_sheet(name, size, channels, batch):
+    """In evaluation, with the gradient of the images; a batch of several in training too."""
     torch.manual_seed(0)
     row = variants()[name]
     model = vssm.create_model(name, in_chans=channels, num_classes=7).double().eval()
@@ -322,11 +323,25 @@ def test_a_model_is_that_of_its_sheet(name, size, channels, batch):
         for value in model.state_dict().values():               # a mistake with a norm, a scale or a bias must show
             if value.is_floating_point():
                 value.add_(0.1 * torch.rand_like(value) if value.ndim < 2 else 0.05 * torch.randn_like(value))
-        p = to_published(model.state_dict(), row.keys)
-        x = torch.randn(batch, channels, *size, dtype=torch.float64)
-        expected = SHEETS[name](p, x.permute(0, 2, 3, 1), row.kwargs.get("depths", row.kwargs.get("depth")))
-        y = model(x)
-        assert y.shape == (batch, 7)
-        assert (y - expected).abs().max() < (1e-6 if name == "test_mamba2d" else 1e-9) * expected.abs().max(), name
+    p = to_published(model.state_dict(), row.keys)
+    x = torch.randn(batch, channels, *size, dtype=torch.float64, requires_grad=True)
+    depths, bound = row.kwargs.get("depths", row.kwargs.get("depth")), 1e-6 if name == "test_mamba2d" else 1e-9
+    expected, y = SHEETS[name](p, x.permute(0, 2, 3, 1), depths), model(x)
+    assert y.shape == (batch, 7)
+    assert error(y, expected) < bound, name
+    weight = torch.randn_like(y)
+    ours, theirs = (torch.autograd.grad((each * weight).sum(), x)[0] for each in (y, expected))
+    assert error(ours, theirs) < 10 * bound, name
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(x), pre_logits=True)
         model.reset_classifier(0)
-        assert torch.equal(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
+        assert torch.equal(model(x), features)
+    if batch > 1:
+        model = vssm.create_model(name, in_chans=channels, num_classes=7).double().train()
+        p = without_statistics(to_published(model.state_dict(), row.keys))
+        with torch.no_grad():
+            assert error(model(x), SHEETS[name](p, x.permute(0, 2, 3, 1), depths)) < bound, name
+
+
+def error(y, expected):
+    return (y - expected).abs().max() / expected.abs().max()
