@@ -1,7 +1,7 @@
-"""U-shaped networks against short re-derivations of the published ones, on sizes and widths that no golden file holds.
+"""Segmenters against short re-derivations of the published ones, on sizes and channels that no golden file holds.
 
-As in ``test_sheets``: every function computes from the published state dict ``p`` and shares no code with ``vssm``.
-Maps are channels last, (b, h, w, c), but in the blocks of UNETR.
+Each network below is computed from its published state dict ``p``, in float64, with one plain recurrence; it shares no
+code with ``vssm``. Batch norms are in training, sides differ, tokens are flattened first axis slowest.
 """
 
 from __future__ import annotations
@@ -9,252 +9,315 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from sheets import batch_norm, conv, linear, merge, norm, ssm, sub
-from timm.layers import DropPath
+from sheets import linear, norm, sub
 
-import vssm
+from vssm.models import lightmunet, mambamim, segmamba, umamba, vivim
 from vssm.models.keys import to_published
-from vssm.models.variant import variants
+
+CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-def four_ways(x, p):
-    """Rows, columns and both backwards, summed."""
-    rank, n = p["dt_projs_weight"].shape[-1], p["A_logs"].shape[-1]
-    rows, columns = x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)
-    rows = ssm(rows, p, 0, rank, n) + ssm(rows.flip(1), p, 2, rank, n).flip(1)
-    columns = ssm(columns, p, 1, rank, n) + ssm(columns.flip(1), p, 3, rank, n).flip(1)
-    return rows.view(x.shape) + columns.unflatten(1, (x.shape[2], x.shape[1])).transpose(1, 2)
+def conv(x, p, name, stride=1, padding=None):
+    """Depthwise where a kernel has one input channel; half its side of padding."""
+    weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
+    groups = x.shape[1] if weight.shape[1] == 1 else 1
+    padding = tuple(side // 2 for side in weight.shape[2:]) if padding is None else padding
+    return CONV[x.ndim](x, weight, bias, stride, padding, groups=groups)
 
 
-def vss(x, p):
-    """The block of VMamba's first release."""
-    q = sub(p, "self_attention.")
-    u, z = linear(norm(x, p, "ln_1"), q, "in_proj").chunk(2, -1)
-    y = four_ways(F.silu(conv(u, q, "conv2d")), q)
-    return x + linear(norm(y, q, "out_norm") * F.silu(z), q, "out_proj")
+def instance_norm(x, p=None, name=""):
+    return F.instance_norm(x, weight=p and p[f"{name}.weight"], bias=p and p[f"{name}.bias"], eps=1e-5)
 
 
-def blocks(x, p, name, block=vss):
-    for i in range(99):
-        if part := sub(p, f"{name}.blocks.{i}."):
-            x = block(x, part)
-    return x
+def tokens(x):
+    return x.flatten(2).mT
 
 
-def spread(x, scale):
-    """Channels (row, column, c) to cells."""
-    b, h, w, _ = x.shape
-    return x.view(b, h, w, scale, scale, -1).permute(0, 1, 3, 2, 4, 5).reshape(b, h * scale, w * scale, -1)
+def directed(xz, p, suffix=""):
+    """One direction of Mamba over (b, t, 2 d), with the parameters of this suffix."""
+    x, z = xz.chunk(2, -1)
+    A = -p[f"A{suffix}_log"].exp()
+    (d, n), rank = A.shape, p[f"dt_proj{suffix}.weight"].shape[1]
+    u = F.pad(x.mT, (3, 0))
+    u = F.silu(F.conv1d(u, p[f"conv1d{suffix}.weight"], p[f"conv1d{suffix}.bias"], groups=d)).mT
+    dt, B, C = linear(u, p, f"x_proj{suffix}").split((rank, n, n), -1)
+    dt, h, y = F.softplus(linear(dt, p, f"dt_proj{suffix}")), 0.0, []
+    for dt_t, u_t, B_t, C_t in zip(dt.unbind(1), u.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+        h = torch.exp(dt_t[..., None] * A) * h + (dt_t * u_t)[..., None] * B_t[:, None]
+        y.append((h * C_t[:, None]).sum(-1))
+    return (torch.stack(y, 1) + p[f"D{suffix}"] * u) * F.silu(z)
 
 
-def expand(x, p, name, scale):
-    return norm(spread(linear(x, p, f"{name}.expand"), scale), p, f"{name}.norm")
+def mamba(x, p):
+    return linear(directed(linear(x, p, "in_proj"), p), p, "out_proj")
 
 
-def vmunet(p, x, block=vss):
-    p, skips = sub(p, "vmunet."), []
-    x = norm(conv(x.expand(*x.shape[:3], 3), p, "patch_embed.proj", 4, 0), p, "patch_embed.norm")
-    for i in range(4):
-        skips.append(x)
-        x = blocks(x, p, f"layers.{i}", block)
-        x = merge(x, p, f"layers.{i}.downsample") if i < 3 else x
-    for j in range(4):
-        x = expand(x + skips[4 - j], p, f"layers_up.{j}.upsample", 2) if j else x
-        x = blocks(x, p, f"layers_up.{j}", block)
-    return [conv(expand(x, p, "final_up", 4), p, "final_conv").permute(0, 3, 1, 2)]
+def mamba_in_three_directions(x, p, slices, divisor=1):
+    xz, length = linear(x, p, "in_proj"), x.shape[1] // slices
+    order = torch.tensor([s * length + j for j in range(length) for s in range(slices)])
+    y = directed(xz, p) + directed(xz.flip(1), p, "_b").flip(1)
+    y = y + torch.zeros_like(y).index_copy(1, order, directed(xz[:, order], p, "_s"))
+    return linear(y / divisor, p, "out_proj")
 
 
-def walk(head, h, w):
-    """The two routes of a head of MHS-VM, as lists of (row, column)."""
-    if head == "Z":
-        return [(i, j) for i in range(h) for j in range(w)], [(i, j) for j in range(w) for i in range(h)]
-    if head == "C":
-        rows = [(i, j) for i in range(h) for j in (range(w) if i % 2 == 0 else reversed(range(w)))]
-        return rows, [(i, j) for j in range(w) for i in (range(h) if j % 2 == 0 else reversed(range(h)))]
-    if head == "X":
-        route = []
-        for k in range(h + w - 1):
-            line = [(i, k - i) for i in range(h) if 0 <= k - i < w]
-            route += line if k % 2 else line[::-1]
-        return route, [(i, w - 1 - j) for i, j in route]
-    route, cell, move, left = [], (0, 0), (0, 1), {(i, j) for i in range(h) for j in range(w)}
-    while left:                                                     # turn right at the border and at visited cells
-        route.append(cell)
-        left.remove(cell)
-        if (cell[0] + move[0], cell[1] + move[1]) not in left:
-            move = (move[1], -move[0])
-        cell = (cell[0] + move[0], cell[1] + move[1])
-    return route, [(h - 1 - i, j) for i, j in route]
-
-
-def multi_head(threshold):
-    def block(x, p):
-        q = sub(p, "self_attention.")
-        (h, w), names = x.shape[1:3], [name for name in "CXSZ" if f"mhs.scanhead_{name}.mambaeng.Ds" in q]
-        u, z = linear(norm(x, p, "ln_1"), q, "in_proj").chunk(2, -1)
-        u = linear(F.silu(conv(u, q, "conv2d")), q, "mhs.x_ssproj").flatten(1, 2)
-        parts = []
-        for name, part in zip(names, u.chunk(len(names), -1), strict=True):
-            engine, found = sub(q, f"mhs.scanhead_{name}.mambaeng."), []
-            routes = [route for base in walk(name, h, w) for route in (base, base[::-1])]
-            for k, route in enumerate(routes):
-                cells = torch.tensor([i * w + j for i, j in route])
-                y = ssm(part[:, cells], engine, k, engine["dt_projs_weight"].shape[-1], engine["A_logs"].shape[-1])
-                found.append(torch.zeros_like(y).index_copy(1, cells, y))
-            y = torch.stack(found)
-            ratio = y.std(0) / ((y - y.min(0).values).mean(0) + 1e-5)
-            parts.append(y.sum(0) * (ratio - threshold).relu())
-        y = linear(norm(torch.cat(parts, -1), q, "mhs.cat_norm"), q, "mhs.y_proj").view(x.shape)
-        return x + norm(y, q, "out_norm") * F.silu(z)
-
-    return block
-
-
-def ungated(x, p, multiscale):
-    """The block of VMamba's last release; its MLP convolves at three scales on the way up."""
-    q = sub(p, "op.")
-    y = four_ways(F.silu(conv(linear(norm(x, p, "norm"), q, "in_proj"), q, "conv2d")), q)
-    x = x + linear(norm(y, q, "out_norm"), q, "out_proj")
-    y = F.gelu(linear(norm(x, p, "norm2"), p, "mlp.fc1"))
-    if multiscale:
-        y = y + sum(conv(y, p, f"mlp.multiscale_conv.dw_convs.{i}") for i in range(3))
-    return x + linear(y, p, "mlp.fc2")
-
-
-def large_kernel(x, p, name, scale):
-    x = conv(x, p, f"{name}.expand.0").permute(0, 3, 1, 2)
-    x = conv(batch_norm(x, p, f"{name}.expand.1").relu().permute(0, 2, 3, 1), p, f"{name}.expand.3")
-    return norm(spread(x, scale), p, f"{name}.norm")
-
-
-def msvmunet(p, x):
-    x = F.gelu(norm(conv(x.expand(*x.shape[:3], 3), p, "encoder.layer0.0", 2), p, "encoder.layer0.2"))
-    x, skips = norm(conv(x, p, "encoder.layer1.0", 2), p, "encoder.layer1.2"), []
-    for i in range(4):
-        x = blocks(x, p, f"encoder.layers.{i}", lambda x, b: ungated(x, b, False))
-        skips.append(x)
-        if i < 3:
-            x = norm(conv(x, p, f"encoder.downsamples.{i}.1", 2), p, f"encoder.downsamples.{i}.3")
-    for i in range(3):
-        level = f"decoder.layers.{i}"
-        x = torch.cat([large_kernel(x, p, f"{level}.up", 2), skips[2 - i]], -1)
-        x = blocks(linear(x, p, f"{level}.concat_layer"), p, f"{level}.vss_layer", lambda x, b: ungated(x, b, True))
-    x = large_kernel(x, p, "decoder.out_layers.0", 4)
-    return [conv(x, p, "decoder.out_layers.0.out").permute(0, 3, 1, 2)]
-
-
-def vmamba_encoder(x, p, patch):
-    x, maps = norm(conv(x, p, "patch_embed.proj", patch, 0), p, "patch_embed.norm"), []
-    for i in range(4):
-        x = blocks(x, p, f"layers.{i}")
-        maps.append(x)
-        x = merge(x, p, f"downsamples.{i}") if i < 3 else x
-    return maps
-
-
-def swinumamba_d(p, x):
-    *skips, x = vmamba_encoder(x, sub(p, "vssm_encoder."), 4)
-    p, outputs = sub(p, "decoder."), []
-    for s in range(4):
-        x = expand(x, p, f"expand_layers.{s}", 2 if s < 3 else 4)
-        if s < 3:
-            x = linear(torch.cat([x, skips[2 - s]], -1), p, f"concat_back_dim.{s}")
-            x = blocks(x, p, f"stages.{s}")
-        outputs.append(conv(x, p, f"seg_layers.{s}").permute(0, 3, 1, 2))
-    return outputs[::-1]
-
-
-def residual(x, p, name):
-    """UNETR's residual block, channels first."""
-    y = F.instance_norm(F.conv2d(x, p[f"{name}.conv1.conv.weight"], padding=1))
-    y = F.instance_norm(F.conv2d(F.leaky_relu(y, 0.01), p[f"{name}.conv2.conv.weight"], padding=1))
-    if f"{name}.conv3.conv.weight" in p:
-        x = F.instance_norm(F.conv2d(x, p[f"{name}.conv3.conv.weight"]))
+def unetr_block(x, p):
+    y = F.leaky_relu(instance_norm(conv(x, p, "conv1.conv")), 0.01)
+    y = instance_norm(conv(y, p, "conv2.conv"))
+    x = instance_norm(conv(x, p, "conv3.conv")) if "conv3.conv.weight" in p else x
     return F.leaky_relu(x + y, 0.01)
 
 
-def swinumamba(p, x):
-    image = x.permute(0, 3, 1, 2)
-    half = F.conv2d(image, p["stem.0.weight"], p["stem.0.bias"], 2, 3)
-    half = F.instance_norm(half, weight=p["stem.1.weight"], bias=p["stem.1.bias"])
-    maps = vmamba_encoder(half.permute(0, 2, 3, 1), sub(p, "vssm_encoder."), 2)
-    *maps, x = [m.permute(0, 3, 1, 2) for m in maps]
-    skips = [residual(m, p, f"encoder{i + 1}.layer") for i, m in enumerate([image, half, *maps])]
-    levels = []
-    for i in (6, 5, 4, 3, 2):
-        x = F.conv_transpose2d(x, p[f"decoder{i}.transp_conv.conv.weight"], stride=2)
-        x = residual(torch.cat([x, skips[i - 2]], 1), p, f"decoder{i}.conv_block")
-        levels.append(x)
-    outputs = [residual(x, p, "decoder1.layer"), levels[3], levels[2], levels[1]]
-    heads = [sub(p, f"out_layers.{i}.conv.conv.") for i in range(4)]
-    return [F.conv2d(y, head["weight"], head["bias"]) for y, head in zip(outputs, heads, strict=True)]
+def unetr_up(x, skip, p):
+    x = F.conv_transpose3d(x, p["transp_conv.conv.weight"], stride=2)
+    return unetr_block(torch.cat([x, skip], 1), sub(p, "conv_block."))
 
 
-UNEVEN = {"depths": (1, 2, 1, 1), "dim": 20}
-FLAT = {"depths": (1, 1, 1, 1), "decoder_depths": (1, 1, 1, 1), "dim": 20}
-CASES = [  # row, its options, the sheet, channels and size of the images
-    ("vmunet_synapse", {**UNEVEN, "decoder_depths": (2, 1, 1, 1)}, vmunet, 1, (32, 64)),
-    ("vmunet_isic", {**UNEVEN, "decoder_depths": (1, 1, 2, 1), "d_state": 3}, vmunet, 3, (64, 32)),
-    ("mhsunet_isic18", FLAT, lambda p, x: vmunet(p, x, multi_head(0.5)), 3, (32, 64)),
-    ("mhsunet", FLAT, lambda p, x: vmunet(p, x, multi_head(0.4)), 1, (64, 32)),
-    ("mhsunet_3h", {**FLAT, "dim": 16}, lambda p, x: vmunet(p, x, multi_head(0.0)), 3, (32, 96)),
-    ("msvmunet_acdc", {**UNEVEN, "dim": 12}, msvmunet, 1, (32, 64)),
-    ("msvmunet_small", {**UNEVEN, "dim": 12}, msvmunet, 3, (64, 32)),
-    ("swinumamba_endovis17", {"depths": (1, 1, 2, 1), "features": (6, 12, 20, 24, 40)}, swinumamba, 3, (32, 64)),
-    ("swinumamba_abdomenmr", {"depths": (1, 1, 1, 1), "features": (6, 8, 16, 24, 48), "in_channels": 5}, swinumamba, 5,
-     (64, 32)),
-    ("swinumamba_d_neuripscell", {"depths": (1, 1, 2, 1), "dim": 12, "in_channels": 2}, swinumamba_d, 2, (32, 64)),
-]  # fmt: skip
-QUICK = {"vmunet_synapse", "mhsunet", "mhsunet_3h", "msvmunet_acdc", "swinumamba_abdomenmr", "swinumamba_d_neuripscell"}
+def seg_mamba(p, x):
+    image, maps = x, []
+    for i in range(4):
+        if i:
+            x = conv(instance_norm(x), p, f"vit.downsample_layers.{i}.1", 2, 0)
+        else:
+            x = conv(x, p, "vit.downsample_layers.0.0", 2, 3)
+        g = sub(p, f"vit.gscs.{i}.")
+
+        def unit(x, name, g=g):
+            return instance_norm(conv(x, g, name)).relu()
+
+        x = x + unit(unit(unit(x, "proj"), "proj2") + unit(x, "proj3"), "proj4")
+        for j in range(2):
+            b = sub(p, f"vit.stages.{i}.{j}.")
+            y = mamba_in_three_directions(norm(tokens(x), b, "norm"), sub(b, "mamba."), 64 // 2**i) if b else 0
+            x = x + y.mT.view(x.shape) if b else x
+        maps.append(conv(F.gelu(conv(instance_norm(x), p, f"vit.mlps.{i}.fc1")), p, f"vit.mlps.{i}.fc2"))
+    skips = [unetr_block(y, sub(p, f"encoder{i + 1}.layer.")) for i, y in enumerate([image, *maps])]
+    x = skips.pop()
+    for n in (5, 4, 3, 2):
+        x = unetr_up(x, skips.pop(), sub(p, f"decoder{n}."))
+    return conv(unetr_block(x, sub(p, "decoder1.layer.")), p, "out.conv.conv")
 
 
-def still(model):
-    """No stochastic depth."""
+def u_mamba(p, x, *, strides, features, parity=None, size=None):
+    """Deep supervision on. Mamba layers in the encoder's stages of this ``parity``; None: one at the bottleneck."""
+
+    def blocks(x, p, stride):
+        for j in range(3):
+            b = sub(p, f"{j}.")
+            inner = "" if j == 0 else ".conv"
+            if b:
+                y = conv(x, b, f"conv1{inner}", stride if j == 0 else 1)
+                y = F.leaky_relu(instance_norm(y, b, "norm1" if j == 0 else "conv1.norm"), 0.01)
+                y = instance_norm(conv(y, b, f"conv2{inner}"), b, "norm2" if j == 0 else "conv2.norm")
+                x = F.leaky_relu(y + (conv(x, b, "conv3", stride) if j == 0 else x), 0.01)
+        return x
+
+    def layer(x, p, by_channels):
+        t = x.flatten(2) if by_channels else tokens(x)
+        y = mamba(norm(t, p, "norm"), sub(p, "mamba."))
+        return (y if by_channels else y.mT).reshape(x.shape)
+
+    n, flat = len(strides), x.ndim == 4
+    x, skips, grid = blocks(x, sub(p, "encoder.stem."), strides[0]), [], size
+    for s in range(n):
+        x = blocks(x, sub(p, f"encoder.stages.{s}."), strides[s])
+        grid = grid and [side // step for side, step in zip(grid, strides[s])]
+        if parity is not None and s % 2 in parity:
+            x = layer(x, sub(p, f"encoder.mamba_layers.{s}."), torch.Size(grid).numel() <= features[s])
+        skips.append(x)
+    x = skips.pop() if parity is not None else layer(skips.pop(), sub(p, "mamba_layer."), False)
+    outputs = []
+    for s in range(n - 1):
+        low = n - 1 - s
+        for axis, step in enumerate(strides[low]):
+            x = x.repeat_interleave(step, axis + 2)
+        x, skip = conv(x, p, f"decoder.upsample_layers.{s}.conv"), skips.pop()
+        x = x if flat and s == n - 2 else torch.cat([x, skip], 1)
+        x = blocks(x, sub(p, f"decoder.stages.{s}."), 1)
+        outputs.insert(0, conv(x, p, f"decoder.seg_layers.{s}"))
+    return outputs
+
+
+def light_m_unet(p, x):
+    def group_norm(x, p, name):
+        return F.group_norm(x, 8, p[f"{name}.weight"], p[f"{name}.bias"], 1e-5)
+
+    def layer(x, p):
+        t = tokens(x)
+        t = mamba(norm(t, p, "norm"), sub(p, "mamba.")) + p["skip_scale"] * t
+        y = linear(norm(t, p, "norm"), p, "proj")
+        return y.mT.reshape(len(x), -1, *x.shape[2:])
+
+    x, maps = conv(conv(x, p, "convInit.0.conv"), p, "convInit.1.conv"), []
+    while down := sub(p, f"down_layers.{len(maps)}."):
+        if maps:
+            x = (F.max_pool2d if x.ndim == 4 else F.max_pool3d)(layer(x, sub(down, "0.0.")), 2)
+        for j in range(1, 5):
+            if b := sub(down, f"{j}."):
+                y = layer(group_norm(x, b, "norm1").relu(), sub(b, "conv1."))
+                x = x + layer(group_norm(y, b, "norm2").relu(), sub(b, "conv2."))
+        maps.append(x)
+    maps.pop()
+    mode, k = "bilinear" if x.ndim == 4 else "trilinear", 0
+    while maps:
+        x = conv(x, p, f"up_samples.{k}.0.conv")
+        x = F.interpolate(x, scale_factor=2, mode=mode, align_corners=False) + maps.pop()
+        for j in range(3):
+            if b := sub(p, f"up_layers.{k}.{j}."):
+                y = conv(conv(group_norm(x, b, "norm1").relu(), b, "conv.0.conv"), b, "conv.1.conv")
+                x = group_norm(y + b["skip_scale"] * x, b, "norm2").relu()
+        k += 1
+    return conv(conv(group_norm(x, p, "conv_final.0").relu(), p, "conv_final.2.0.conv"), p, "conv_final.2.1.conv")
+
+
+def channel_norm(x, p, name):
+    return norm(x.movedim(1, -1), p, name, 1e-6).movedim(-1, 1)
+
+
+def hybird(p, x):
+    e = sub(p, "embeddings.")
+
+    def residual(x, p):
+        y = F.leaky_relu(channel_norm(conv(x, p, "conv1"), p, "norm1"), 0.01)
+        y = channel_norm(conv(y, p, "conv2"), p, "norm2")
+        x = channel_norm(conv(x, p, "conv3"), p, "norm3") if "conv3.weight" in p else x
+        return F.leaky_relu(x + y, 0.01)
+
+    x, maps = conv(x, e, "stem"), []
+    for level in range(1, 6):
+        if level > 1:
+            x = F.max_pool3d(x, 2)
+            for j in range(3):
+                if b := sub(e, f"layer{level}.{j}."):
+                    y = conv(channel_norm(conv(x, b, "conv1"), b, "norm"), b, "conv2")
+                    x = x + conv(F.gelu(y), b, "conv3")
+        if level < 5:
+            x = conv(x, e, f"expend{level}")
+            maps.append(residual(x, sub(e, f"encoder{level}.")))
+    grid, dim = x.shape[2:], x.shape[1]
+    omega = 1 / 10000 ** (torch.arange(dim // 6, dtype=torch.float32) / (dim // 6))
+    places = [place.flatten()[:, None] * omega for place in torch.meshgrid(*map(torch.arange, grid), indexing="ij")]
+    t = tokens(x) + torch.cat([part for angle in places for part in (angle.sin(), angle.cos())], 1).double()
+    for i in range(3):
+        if b := sub(p, f"mae.blocks.{i}."):
+            t = t + mamba(norm(t, b, "norm1"), sub(b, "mamba."))
+            t = t + linear(F.gelu(linear(norm(t, b, "norm2"), b, "mlp.fc1")), b, "mlp.fc2")
+    x = t.mT.reshape(x.shape)
+    for n in (5, 4, 3, 2):
+        x = unetr_up(x, maps.pop(), sub(p, f"decoder.decoder{n}."))
+    return conv(residual(x, sub(p, "decoder.decoder1.")), p, "decoder.out.conv")
+
+
+def video_vivim(p, x, heads, reductions, edge):
+    """Dropout left out."""
+    (batch, frames), size = x.shape[:2], x.shape[3:]
+    x, maps, former = x.flatten(0, 1), [], sub(p, "encoder.downsample_layers.")
+    for i, stride in enumerate((4, 2, 2, 2)):
+        x = conv(x, former, f"patch_embeddings.{i}.proj", stride)
+        grid, t = x.shape[2:], norm(tokens(x), former, f"patch_embeddings.{i}.layer_norm")
+        for j in range(2):
+            if b := sub(former, f"block.{i}.{j}."):
+                a, h = sub(b, "attention.self."), norm(t, b, "layer_norm_1")
+                source = h
+                if reductions[i] > 1:
+                    source = conv(h.mT.reshape(x.shape), a, "sr", reductions[i], 0)
+                    source = norm(tokens(source), a, "layer_norm")
+                q, k, v = (linear(y, a, name).unflatten(-1, (heads[i], -1)).transpose(1, 2)
+                           for y, name in ((h, "query"), (source, "key"), (source, "value")))  # fmt: skip
+                weight = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+                t = t + linear((weight @ v).transpose(1, 2).flatten(2), b, "attention.output.dense")
+                h = linear(norm(t, b, "layer_norm_2"), b, "mlp.dense1")
+                h = tokens(conv(h.mT.unflatten(-1, grid), b, "mlp.dwconv.dwconv"))
+                t = t + linear(F.gelu(h), b, "mlp.dense2")
+        t = t.unflatten(0, (batch, frames)).flatten(1, 2)
+        for j in range(2):
+            if b := sub(p, f"encoder.stages.{i}.{j}.0."):
+                t = t + mamba_in_three_directions(norm(t, b, "norm1"), sub(b, "mamba."), 5, divisor=3)
+                h = linear(norm(t, b, "norm2"), b, "mlp.fc1").mT.unflatten(-1, (frames, *grid))
+                t = t + linear(F.gelu(tokens(conv(h, b, "mlp.dwconv.dwconv"))), b, "mlp.fc2")
+        x = t.unflatten(1, (frames, -1)).flatten(0, 1).mT.reshape(batch * frames, -1, *grid)
+        maps.append(x)
+
+    def resized(x, size):
+        return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+    parts = [linear(y.movedim(1, -1), p, f"decoder.linear_c.{i}.proj").movedim(-1, 1) for i, y in enumerate(maps)]
+    y = conv(torch.cat([resized(part, maps[0].shape[2:]) for part in parts[::-1]], 1), p, "decoder.linear_fuse")
+    y = F.batch_norm(y, None, None, p["decoder.batch_norm.weight"], p["decoder.batch_norm.bias"], training=True)
+    outputs = [resized(conv(y.relu(), p, "out"), size)]
+    return outputs + [resized(conv(maps[0], p, "edgeocr_cls_head"), size)] if edge else outputs
+
+
+PLAN_3D = dict(
+    input_channels=3, n_stages=4, features_per_stage=[6, 8, 10, 12], num_classes=5, deep_supervision=True,
+    kernel_sizes=[[1, 3, 3], [3, 1, 3], [3, 3, 5], [3, 3, 3]], strides=[[1, 1, 1], [1, 2, 2], [2, 2, 1], [2, 1, 3]],
+    n_conv_per_stage=[3, 2, 2, 2], n_conv_per_stage_decoder=[3, 2, 1],
+)  # fmt: skip
+PLAN_2D = dict(
+    input_channels=2, n_stages=5, features_per_stage=[4, 6, 8, 10, 12], num_classes=1, deep_supervision=True,
+    kernel_sizes=[[3, 3]] * 5, strides=[[1, 1], [2, 2], [2, 1], [2, 2], [1, 2]], n_conv_per_stage=[2] * 5,
+    n_conv_per_stage_decoder=[2] * 4,
+)  # fmt: skip
+SHALLOW = dict(depths=[2, 1, 1, 1], hidden_sizes=[8, 16, 16, 32], num_attention_heads=[1, 2, 4, 2],
+               sr_ratios=[8, 4, 2, 1], decoder_hidden_size=24)  # fmt: skip
+CASES = {  # published constructor, its arguments, the shape of an image, the sheet
+    "segmamba": (segmamba, "SegMamba", dict(in_chans=3, out_chans=1, depths=[0, 1, 0, 1], feat_size=[8, 6, 10, 12],
+                 hidden_size=14), (1, 3, 16, 32, 64), seg_mamba),
+    "segmamba_like_widths": (segmamba, "SegMamba", dict(in_chans=1, out_chans=2, depths=[0, 0, 1, 0],
+                             feat_size=[6, 6, 6, 8], hidden_size=8), (1, 1, 64, 16, 32), seg_mamba),
+    **{
+        f"umamba_{name}": (
+            umamba, f"UMamba{kind}_{dims}d.py:UMamba{kind}", {**plan, **({"input_size": size} if parity else {})},
+            (2, plan["input_channels"], *size),
+            lambda p, x, plan=plan, size=size, parity=parity: u_mamba(
+                p, x, strides=plan["strides"], features=plan["features_per_stage"], parity=parity, size=size),
+        )
+        for name, kind, dims, plan, size, parity in (
+            ("bot_3d", "Bot", 3, PLAN_3D, (4, 12, 18), None), ("enc_3d", "Enc", 3, PLAN_3D, (8, 4, 12), (0, 1)),
+            ("bot_2d", "Bot", 2, PLAN_2D, (24, 16), None), ("enc_2d", "Enc", 2, PLAN_2D, (8, 24), (0,)),
+        )
+    },
+    "lightmunet_2d": (lightmunet, "LightMUNet", dict(spatial_dims=2, in_channels=5, out_channels=1, init_filters=8,
+                      blocks_down=(1, 2, 1), blocks_up=(2, 1)), (2, 5, 12, 20), light_m_unet),
+    "lightmunet_3d": (lightmunet, "LightMUNet", dict(spatial_dims=3, in_channels=2, out_channels=4, init_filters=16,
+                      blocks_down=(2, 1), blocks_up=(3,)), (1, 2, 6, 4, 10), light_m_unet),
+    "hymamba": (mambamim, "Hybird", dict(in_channel=2, n_classes=3, img_size=32, depth=2, channels=(4, 6, 8, 10, 12),
+                depths=(9, 2, 1, 1, 1), kernels=(9, 5, 3, 1, 3), exp_r=(9, 2, 3, 1, 2)), (1, 2, 32, 32, 32), hybird),
+    **{
+        f"vivim_{frames}_frames": (
+            vivim, "Vivim", dict(out_chans=2, with_edge=edge, feat_size=SHALLOW["hidden_sizes"],
+            segformer_config=SHALLOW), (batch, frames, 3, *size),
+            lambda p, x, edge=edge: video_vivim(p, x, (1, 2, 4, 2), (8, 4, 2, 1), edge),
+        )
+        for frames, batch, size, edge in ((5, 1, (37, 45), False), (10, 1, (32, 29), True), (3, 2, (29, 160), True))
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_segmenter_is_that_of_its_sheet(name):
+    """Its outputs in training, and the gradient of the image."""
+    family, entry, kwargs, shape, sheet = CASES[name]
+    torch.manual_seed(0)
+    built = family.published(entry if ":" in entry else f"x.py:{entry}", kwargs)
+    model = built.model.double().train()
     for module in model.modules():
-        if isinstance(module, DropPath):
-            module.drop_prob = 0.0
-    return model
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "sheet", "channels", "size"),
-    [pytest.param(*case, id=case[0], marks=() if case[0] in QUICK else pytest.mark.slow) for case in CASES],
-)
-def test_a_network_is_that_of_its_sheet(name, options, sheet, channels, size):
-    """In evaluation mode, with a gradient; and in training mode, where several outputs come."""
-    torch.manual_seed(0)
-    model = still(vssm.create_model(name, out_channels=3, **options)).double().eval()
+        if isinstance(module, torch.nn.Dropout) or type(module).__name__ == "DropPath":
+            module.eval()
     with torch.no_grad():
-        for value in model.state_dict().values():               # a mistake with a norm, a scale or a bias must show
-            if value.is_floating_point():
-                value.add_(0.1 * torch.rand_like(value) if value.ndim < 2 else 0.1 * torch.randn_like(value))
-    x = torch.randn(2, channels, *size, dtype=torch.float64, requires_grad=True)
-    p = to_published(model.state_dict(), variants()[name].keys)
-    expected = sheet(p, x.permute(0, 2, 3, 1))
-    y = model(x)
-    assert y.shape == (2, 3, *size)
-    assert (y - expected[0]).abs().max() < 1e-9 * expected[0].abs().max()
-    weights = torch.randn_like(y)
-    ours, theirs = (torch.autograd.grad((z * weights).sum(), x)[0] for z in (y, expected[0]))
-    assert (ours - theirs).abs().max() < 1e-8 * theirs.abs().max()
-    if len(expected) > 1:
-        with torch.no_grad():
-            every = model.train()(x)
-        for ours, theirs in zip(every, expected, strict=True):
-            assert (ours - theirs).abs().max() < 1e-9 * theirs.abs().max()
+        for value in model.parameters():                        # a mistake with a norm, a scale or a bias must show
+            value.add_(0.1 * torch.rand_like(value) if value.ndim < 2 else 0.05 * torch.randn_like(value))
+    p = {key: value.detach() for key, value in to_published(model.state_dict(), built.keys).items()}
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
+    def run(network):
+        outputs = network(x)
+        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        loss = sum((y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)).mean() for y in outputs)
+        return outputs, torch.autograd.grad(loss, x)[0]
 
-def test_the_decoder_of_swinumamba_d_starts_as_pytorch_does():
-    """Its encoder's linear layers are drawn from a normal of deviation 0.02; convolutions of both as Kaiming He's."""
-    torch.manual_seed(0)
-    model = vssm.create_model("swinumamba_d_endovis17", depths=(1, 1, 1, 1), dim=48)
-    inner = model.encoder.stages[2].blocks[0].mixer.in_proj.weight
-    assert inner.std().item() == pytest.approx(0.02, rel=0.05)
-    for layer in (model.expands[0].expand, model.joins[0], model.blocks[0][1].mixer.out_proj):
-        bound = layer.in_features**-0.5                            # of PyTorch's uniform distribution
-        assert 0.98 * bound < layer.weight.abs().max() <= bound
-    assert model.joins[1].bias.any()
-    for layer in (model.encoder.stem.conv1, model.blocks[2][0].mixer.conv, model.heads[0]):
-        fan_in = layer.weight[0].numel()
-        assert layer.weight.std().item() == pytest.approx((2 / (1 + 1e-4) / fan_in) ** 0.5, rel=0.1)
-        assert not layer.bias.any()
+    (outputs, gradient), (expected, expected_gradient) = run(model), run(lambda x: sheet(p, x))
+    assert len(outputs) == len(expected)
+    for y, wanted in zip([*outputs, gradient], [*expected, expected_gradient], strict=True):
+        y = y.flatten(0, 1) if y.ndim > wanted.ndim else y                        # frames of clips
+        assert y.shape == wanted.shape
+        assert (y - wanted).abs().max() < 1e-7 * wanted.abs().max()
