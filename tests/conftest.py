@@ -1,8 +1,9 @@
-"""Fixtures of the whole suite: a seed, and the device that a kernel backend runs on."""
+"""Fixtures of the whole suite: a seed, threads, the device that a kernel backend runs on, a zoo of toys."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -24,3 +25,26 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the test's ``backend`` runs: the GPU for triton, else the CPU."""
     backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
     return torch.device("cuda" if backend == "triton" else "cpu")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Processes that are killed and those that resume must cut their sums alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def toys() -> Iterator[None]:
+    """Inside the test the zoo, also in timm, holds the toys alone: three sizes of one small family."""
+    import timm
+    from toy import VARIANTS, zoo_of_toys
+
+    from vssm.registries.timm import register
+
+    with zoo_of_toys():
+        if not timm.is_model("toy_tiny"):
+            register(VARIANTS)
+        yield

@@ -1,12 +1,19 @@
-"""Random operands for kernel tests, away from zero and from infinity: no product dwarfs the deviation of the others."""
+"""What the tests of ops share: random operands, values with their gradients, and how both are compared.
+
+Operands lie away from zero and from infinity: no product dwarfs the deviation of the others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from tolerance import error
 from torch import Tensor
+
+Op = Callable[..., tuple[Tensor, Tensor]]
 
 
 def signed(*shape: int) -> Tensor:
@@ -61,9 +68,7 @@ def rounded(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: x.to(wide if name in keep else dtype) for name, x in inputs.items()}
 
 
-def value_and_grads(
-    op: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], **options: Any
-) -> dict[str, Tensor]:
+def value_and_grads(op: Op, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
     """y, the last state, and the gradient of a fixed weighted sum of both with respect to every operand."""
     inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     outputs = op(**inputs, **options)
@@ -73,6 +78,30 @@ def value_and_grads(
         assert (grad.dtype, grad.shape) == (x.dtype, x.shape), name
     y, last_state = (x.detach() for x in outputs)
     return {"y": y, "last_state": last_state, **{f"grad of {name}": grad for name, grad in zip(inputs, grads)}}
+
+
+def defined(op: Op, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """What the definition of ``op`` makes of the operands in float64."""
+    wide = {name: x.double() for name, x in inputs.items()}
+    return value_and_grads(partial(op, backend="reference"), wide, **options)
+
+
+def on(op: Op, backend: str, device: torch.device, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """What a backend of ``op`` makes of the operands on a device."""
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    return value_and_grads(partial(op, backend=backend), inputs, **options)
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Each value within ``tolerance`` of its deviation.
+
+    Results are rounded to their dtype: half a unit in the last place of a value of many deviations is no error.
+    """
+    for name, value in expected.items():
+        rounding = error(value.to(actual[name].dtype), value)
+        found = error(actual[name], value)
+        assert found < tolerance + rounding, f"{name}: {found:.1e}"
 
 
 def _weights(x: Tensor) -> Tensor:

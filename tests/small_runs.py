@@ -16,6 +16,9 @@ from lightning.pytorch import Callback
 from PIL import Image
 from tree import ROOT
 
+EXACT = ("state_dict", "trained_state_dict", "optimizer_states", "lr_schedulers", "random_state", "global_step")
+"""What of a checkpoint is the same, bit for bit, after a run that was killed and resumed."""
+
 
 def image_folder(root: Path, *, train: int = 12, val: int = 5, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
     """Write ``root/{train,val}/CLASS/N.png``, 20 x 24 pixels; the mean colour tells the class."""

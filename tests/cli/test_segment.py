@@ -7,7 +7,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from small_runs import assert_same, checkpoint, fit_process, write_config
+from small_runs import EXACT, assert_same, checkpoint, fit_process, write_config
 
 pytest.importorskip("monai", reason="needs the extra medical")
 
@@ -18,17 +18,9 @@ from vssm.cli.predict import main as predict
 from vssm.cli.train import main as train
 from vssm.tasks.segmentation import dice
 
-EXACT = ("state_dict", "trained_state_dict", "optimizer_states", "lr_schedulers", "random_state", "global_step")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMED = {"model": "test_segmamba", "model_kwargs": {"spatial_dims": 3}, "in_channels": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The processes that are killed and those that resume must cut their sums alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_train_kill_resume_predict_evaluate(tmp_path, capfd):

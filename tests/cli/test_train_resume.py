@@ -5,24 +5,16 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from small_runs import assert_same, checkpoint, fit_process, image_folder, small_config, write_config
+from small_runs import EXACT, assert_same, checkpoint, fit_process, image_folder, small_config, write_config
 
 from vssm.cli.train import main
 
-EXACT = ("state_dict", "trained_state_dict", "optimizer_states", "lr_schedulers", "random_state", "global_step")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return image_folder(tmp_path_factory.mktemp("images") / "data")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The processes that are killed and those that resume must cut their sums alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(tmp_path, config, name, *arguments):

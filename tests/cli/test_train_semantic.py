@@ -11,26 +11,18 @@ import torch
 import yaml
 from PIL import Image
 from scene_runs import scene_config, scene_folder
-from small_runs import assert_same, checkpoint, fit_process, write_config
+from small_runs import EXACT, assert_same, checkpoint, fit_process, write_config
 
 from vssm.checkpoints import write_checkpoint
 from vssm.cli.train import main
 from vssm.registries.zoo import create_model
 
-EXACT = ("state_dict", "trained_state_dict", "optimizer_states", "lr_schedulers", "random_state", "global_step")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return scene_folder(tmp_path_factory.mktemp("scenes") / "data")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(tmp_path, config, name, *arguments):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import cache, partial
 
+import kernel_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import conv_inputs, rounded, signed, value_and_grads
+from kernel_cases import assert_close, conv_inputs, rounded, signed, value_and_grads
 from tolerance import TOLERANCE, error
 from torch import Tensor
 
@@ -26,6 +27,8 @@ SIZES = [
     (1, 2, 131, 4, 67),
 ]
 
+defined, on = partial(kernel_cases.defined, causal_conv1d), partial(kernel_cases.on, causal_conv1d)
+
 
 @cache
 def case(
@@ -35,23 +38,6 @@ def case(
     torch.manual_seed(0)
     inputs = rounded(conv_inputs(*sizes), dtype)
     return inputs, defined(inputs, activation=activation)
-
-
-def defined(inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
-    wide = {name: x.double() for name, x in inputs.items()}
-    return value_and_grads(partial(causal_conv1d, backend="reference"), wide, **options)
-
-
-def on(backend: str, device: torch.device, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
-    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
-    inputs = {name: x.to(device) for name, x in inputs.items()}
-    return value_and_grads(partial(causal_conv1d, backend=backend), inputs, **options)
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    for name, value in expected.items():
-        found = error(actual[name], value)
-        assert found < tolerance + error(value.to(actual[name].dtype), value), f"{name}: {found:.1e}"
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])

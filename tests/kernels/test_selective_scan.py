@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import cache, partial
 
+import kernel_cases
 import pytest
 import torch
-from kernel_cases import rounded, scan_inputs, signed, uniform, value_and_grads
+from kernel_cases import assert_close, rounded, scan_inputs, signed, uniform
 from tolerance import TOLERANCE, error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,8 @@ SIZES = [
     (1, 1, 4097, 2, 16),
 ]
 
+defined, on = partial(kernel_cases.defined, selective_scan), partial(kernel_cases.on, selective_scan)
+
 
 @cache
 def case(sizes: tuple[int, ...], dtype: torch.dtype, shared: str = "") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -36,25 +39,6 @@ def case(sizes: tuple[int, ...], dtype: torch.dtype, shared: str = "") -> tuple[
     torch.manual_seed(0)
     inputs = rounded(scan_inputs(*sizes, shared=shared), dtype)
     return inputs, defined(inputs, delta_softplus=True)
-
-
-def defined(inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
-    wide = {name: x.double() for name, x in inputs.items()}
-    return value_and_grads(partial(selective_scan, backend="reference"), wide, **options)
-
-
-def on(backend: str, device: torch.device, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
-    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
-    inputs = {name: x.to(device) for name, x in inputs.items()}
-    return value_and_grads(partial(selective_scan, backend=backend), inputs, **options)
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    for name, value in expected.items():
-        # Results are rounded to their dtype: half a unit in the last place of a value of many deviations is no error.
-        rounding = error(value.to(actual[name].dtype), value)
-        found = error(actual[name], value)
-        assert found < tolerance + rounding, f"{name}: {found:.1e}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

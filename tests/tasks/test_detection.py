@@ -15,6 +15,8 @@ from vssm.tasks import Detection
 from vssm.tasks.detection import Pictures, Precision, draw_scenes
 from vssm.tasks.finite import NonFiniteLoss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 YOLO = {"detector": "test_mamba_yolo", "detector_kwargs": {"image_size": 128, "in_chans": 1}}
 FCOS = {
     "detector": "fcos", "backbone": "test_vmamba", "backbone_kwargs": {"in_chans": 1, "drop_path_rate": 0.2},
@@ -41,14 +43,6 @@ def config(root, model=FCOS, **data):
                     "num_sanity_val_steps": 0},
         "last_checkpoint": {"every_n_steps": 1},
     }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_fit_test_and_predict_leave_their_files(tmp_path, capsys):
