@@ -218,8 +218,8 @@ def test_starts_with_the_published_distributions():
     ("make", "message"),
     [
         (lambda: MambaMIM(mask_ratio=1.0), "MambaMIM: mask_ratio must lie between 0 and 1, got 1.0"),
-        (lambda: MambaMIM(4), "spatial_dims must be 2 or 3, got 4"),
-        (lambda: EncoderAlone(1), "spatial_dims must be 2 or 3, got 1"),
+        (lambda: MambaMIM(4), "spatial_dims must be one of 2, 3, got 4"),
+        (lambda: EncoderAlone(1), "spatial_dims must be one of 2, 3, got 1"),
         (lambda: MambaMIM(decoder_width=40), "MambaMIM: decoder_width must be a multiple of 16, got 40"),
         (lambda: HyMamba(channels=(4, 8), depths=(1,), mlp_ratios=(1,)), "last of channels must be a multiple of 6"),
         (lambda: HyMamba(depths=(1,)), "depths must have 4 entries, one less than channels, got"),

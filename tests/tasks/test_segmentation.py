@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch import nn
 
@@ -19,12 +19,14 @@ pytest.importorskip("monai", reason="needs the extra medical")
 import nibabel
 from small_volumes import blob, nnunet_folder, paired_folders, save
 
+import vssm
 from vssm.data.augmentation import SliceAugment
 from vssm.data.loading import Loader
 from vssm.data.volume_sources import NNUNetRaw, PairedFolders
 from vssm.data.volumes import Preparation, Sampling, Split
+from vssm.tasks.optimizer import Optimizer
 from vssm.tasks.report import PredictionWriter
-from vssm.tasks.segmentation import Inference, Loss, Segmentation, dice, hausdorff95_mm
+from vssm.tasks.segmentation import Freeze, Inference, Loss, Segmentation, dice, hausdorff95_mm
 
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
          "enable_progress_bar": False, "enable_model_summary": False}
@@ -86,6 +88,103 @@ def test_deep_supervision_weighs_the_finest_most_and_the_coarsest_not():
     assert [head.weight.grad is not None for head in task.model.heads] == [True, True, False]
 
 
+def test_the_loss_of_a_single_channel_is_that_of_its_sigmoid():
+    """Binary cross-entropy plus 1 - (2 overlap + 1) / (sizes + 1) of each sample, as VM-UNet's authors train."""
+    task = Segmentation(nn.Conv2d(3, 1, 1), 1, 3, loss=Loss(smooth=1.0))
+    images, target = torch.randn(4, 3, 6, 5), torch.randint(0, 2, (4, 6, 5), dtype=torch.uint8)
+    target[0] = 0
+    logits, wanted = task(images)[:, 0], target.float()
+    shares = logits.sigmoid()
+    overlap, sizes = ((a.flatten(1).sum(1)) for a in (shares * wanted, shares + wanted))
+    expected = F.binary_cross_entropy(shares, wanted) + (1 - (2 * overlap + 1) / (sizes + 1)).mean()
+    torch.testing.assert_close(task.loss(images, target), expected)
+    torch.testing.assert_close(task.class_logits(images).softmax(1)[:, 1], shares)
+
+
+def test_a_single_channel_tells_two_classes_apart(tmp_path):
+    """It finds the box as two channels with the same threshold do, in validation, test and prediction."""
+    root = paired_folders(tmp_path)
+
+    class Lesion(nn.Module):
+        def __init__(self, both):
+            super().__init__()
+            self.scale, self.both = nn.Parameter(torch.ones(())), both
+
+        def forward(self, x):
+            x = x[:, :1] * self.scale - 0.5
+            return torch.cat([x * 0, x], 1) if self.both else x
+
+    found, files = {}, {}
+    for channels in (1, 2):
+        data = PairedFolders(str(root / "images"), str(root / "masks"), ["skin", "lesion"], label_values=[0, 255],
+                             label_suffix="_mask", loader=LOADER, split=Split(val=0.3, test=0.3),
+                             predict=str(root / "images"),
+                             preparation=Preparation(patch=(32, 32, 1), size=(32, 32, 1)))
+        task = Segmentation(Lesion(channels == 2), channels, 3)
+        writer = PredictionWriter(str(tmp_path / f"out{channels}.csv"))
+        trainer = Trainer(**QUIET, callbacks=[writer], default_root_dir=tmp_path / "run")
+        found[channels] = trainer.validate(task, data, verbose=False)[0] | trainer.test(task, data, verbose=False)[0]
+        trainer.predict(task, data, return_predictions=False)
+        files[channels] = [np.asarray(Image.open(file)) for file in sorted((tmp_path / f"out{channels}").iterdir())]
+    assert found[1]["test/dice"] == found[1]["test/dice_lesion"] > 0.7
+    assert {k: v for k, v in found[1].items() if "loss" not in k} == {
+        k: v for k, v in found[2].items() if "loss" not in k
+    }
+    assert len(files[1]) == 6
+    for one, two in zip(files[1], files[2], strict=True):
+        assert set(np.unique(one)) == {0, 255}
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_single_channel_is_refused_for_three_classes(data, tmp_path):
+    with pytest.raises(ValueError, match="tells two classes apart, the data have 3"):
+        Trainer(**QUIET, default_root_dir=tmp_path).validate(Segmentation(nn.Conv3d(1, 1, 1), 1), data)
+
+
+class Recorded(Callback):
+    """Remembers the weights after every epoch."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.weights.append(copy.deepcopy(pl_module.model.state_dict()))
+
+
+def test_frozen_parameters_stay_for_the_first_epochs(data, tmp_path):
+    """Bit for bit, weight decay included; then they learn, and the others always do."""
+    model = nn.Sequential()
+    model.add_module("encoder", nn.Conv3d(1, 4, 3, padding=1))
+    model.add_module("head", nn.Conv3d(4, 3, 1))
+    start, record = copy.deepcopy(model.state_dict()), Recorded()
+    task = Segmentation(model, 3, freeze=Freeze(epochs=2), optimizer=Optimizer(lr=1e-2, weight_decay=0.5))
+    trainer = Trainer(**QUIET, callbacks=[record], max_epochs=3, limit_val_batches=0, default_root_dir=tmp_path,
+                      gradient_clip_val=1.0)
+    trainer.fit(task, data)
+    for name, value in start.items():
+        learned = [not torch.equal(weights[name], value) for weights in record.weights]
+        assert learned == ([False, False, True] if name.startswith("encoder.") else [True, True, True])
+
+
+@pytest.mark.parametrize(("name", "pattern"), [
+    ("test_msvmunet", r"(stem|stages)\."), ("test_swinumamba", r"encoder\.stages\."),
+])
+def test_published_recipes_freeze_what_starts_from_vmamba(name, pattern):
+    """All but the patch embedding of Swin-UMamba, which learns from the start."""
+    model = vssm.create_model(name)
+    frozen = {id(parameter) for parameter in Freeze(10, pattern).of(model)}
+    names = {n for n, parameter in model.named_parameters() if id(parameter) in frozen}
+    started = {n for n, _ in model.named_parameters() if model.encoder_entry(n) is not None}
+    assert names == {n for n in started if name == "test_msvmunet" or not n.startswith("encoder.stem.")}
+    assert names
+
+
+def test_freezing_nothing_or_everything_is_refused():
+    for pattern in ("backbone", ""):
+        with pytest.raises(ValueError, match="must match the names of some parameters of Sequential"):
+            Segmentation(nn.Sequential(nn.Conv3d(1, 3, 1)), 3, freeze=Freeze(1, pattern))
+
+
 def test_scores_are_those_of_whole_volumes_in_millimetres():
     truth, predicted = np.zeros((12, 10, 8), bool), np.zeros((12, 10, 8), bool)
     truth[2:6, 2:8, 2:6] = True
@@ -135,7 +234,7 @@ def test_slices_are_trained_and_volumes_of_them_scored(tmp_path):
     data = NNUNetRaw(str(nnunet_folder(tmp_path / "raw")), split=Split(val=0.2, test=0.2), loader=LOADER,
                      preparation=Preparation(patch=(16, 16, 1)), augment=SliceAugment())
     task = Segmentation(nn.Conv2d(1, 3, 3, padding=1), 3)
-    trainer = Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path / "run")
+    trainer = Trainer(**QUIET, max_steps=1, default_root_dir=tmp_path / "run")  # and no max_epochs
     trainer.fit(task, data)
     [found] = trainer.test(task, data, verbose=False)
     assert 0 <= found["test/dice"] <= 1

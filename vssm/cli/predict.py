@@ -12,12 +12,13 @@ for images) with the affine of the input, NAME_probabilities.nii (float32, class
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,10 @@ def load_task(path: Path, device: str) -> Segmentation:
     """
     file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{path} must be a run folder with checkpoints/best.ckpt, or a checkpoint; found neither")
+        last = file.with_name("last.ckpt")
+        hint = f"; {last} is there: name it to use it" if path.is_dir() and last.is_file() else ""
+        wanted = "a run folder with checkpoints/best.ckpt, or a checkpoint"
+        raise ValueError(f"{path} must be {wanted}; found neither{hint}")
     saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if "preparation" not in saved or saved.get("preparation") is None:
         raise ValueError(f"{file} must be a checkpoint of vssm.tasks.segmentation.Segmentation, got another")
@@ -117,17 +121,24 @@ def _predict(task: Segmentation, cases: list[Any], options: argparse.Namespace) 
                 files = ", ".join(case.images)
                 raise Unreadable(f"{files} cannot be read ({type(error).__name__}: {error})") from error
 
-            def show(done: int, planes: int, bar: Any = bar) -> None:
-                progress.update(bar, completed=done, total=planes)
+            shares: ProbabilityFile | None = None
+            if options.probabilities:
+                file = options.output / f"{case.name}_probabilities.nii"
+                shares = ProbabilityFile(file, scan.grid, scan.grid_affine, len(task.class_names))
 
-            with _probabilities(options, scan, len(task.class_names)) as probabilities:
+            def show(done: int, planes: int, bar: Any = bar, shares: ProbabilityFile | None = shares) -> None:
+                progress.update(bar, completed=done, total=planes)
+                if shares is not None and done % 16 == 0:
+                    shares.release()
+
+            with shares or nullcontext():
                 predicted = segment(
-                    task.model,
+                    task.class_logits,
                     scan,
                     task.preparation.patch,
                     task.inference,
                     device=task.device,
-                    probabilities=probabilities,
+                    probabilities=shares.values if shares else None,
                     progress=show,
                 )
             file = write_prediction(options.output, scan, predicted, task.label_values)
@@ -135,27 +146,39 @@ def _predict(task: Segmentation, cases: list[Any], options: argparse.Namespace) 
             yield {"case": case.name, "prediction": str(file), **task.volumes_ml(scan, predicted)}
 
 
-@contextmanager
-def _probabilities(options: argparse.Namespace, scan: Any, classes: int) -> Iterator[np.ndarray | None]:
-    """A map of the file of probabilities, (X, Y, Z, classes) float32; the file appears when it is whole."""
-    if not options.probabilities:
-        yield None
-        return
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / f"{scan.case.name}_probabilities.nii"
-    part = file.with_name(f".part-{file.name}")
-    shape = (*scan.grid, classes)
-    header = nibabel.Nifti1Header()
-    header.set_data_dtype(np.float32)
-    header.set_data_shape(shape)
-    header.set_sform(scan.grid_affine, code=1)
-    header.set_qform(scan.grid_affine, code=1)
-    header["magic"], header["vox_offset"] = b"n+1", 352
-    try:
-        with open(part, "wb") as handle:
+class ProbabilityFile:
+    """A NIfTI file (X, Y, Z, classes), float32, that is filled through memory and appears when it is whole.
+
+    What has been written is let go of by ``release``, so that the process does not grow with the file.
+    """
+
+    def __init__(self, file: Path, grid: tuple[int, int, int], affine: np.ndarray, classes: int):
+        self.file, self.shape, self.affine = file, (*grid, classes), affine
+
+    def __enter__(self) -> ProbabilityFile:
+        header = nibabel.Nifti1Header()
+        header.set_data_dtype(np.float32)
+        header.set_data_shape(self.shape)
+        header.set_sform(self.affine, code=1)
+        header.set_qform(self.affine, code=1)
+        header["magic"], header["vox_offset"] = b"n+1", 352
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.part = self.file.with_name(f".part-{self.file.name}")
+        with open(self.part, "w+b") as handle:
             handle.write(header.binaryblock)
-            handle.truncate(352 + 4 * int(np.prod(shape, dtype=np.int64)))
-        yield np.memmap(part, dtype="<f4", mode="r+", offset=352, shape=shape, order="F")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+            handle.truncate(352 + 4 * int(np.prod(self.shape, dtype=np.int64)))
+            self.memory = mmap.mmap(handle.fileno(), 0)
+        self.values = np.ndarray(self.shape, "<f4", self.memory, 352, order="F")
+        return self
+
+    def release(self) -> None:
+        """Leave to the system what was written so far."""
+        if hasattr(self.memory, "madvise"):  # not on Windows
+            self.memory.madvise(mmap.MADV_DONTNEED)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            del self.values
+            self.memory.close()
+            os.replace(self.part, self.file)
+        self.part.unlink(missing_ok=True)

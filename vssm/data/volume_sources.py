@@ -16,7 +16,7 @@ from vssm.data.augmentation import PatchAugment
 from vssm.data.loading import Loader
 from vssm.data.mni152 import CLASSES, Subject
 from vssm.data.preparation import Preparation, Split
-from vssm.data.volume_files import Case, stem_of, suffix_of
+from vssm.data.volume_files import IMAGE_SUFFIXES, Case, stem_of, suffix_of
 from vssm.data.volumes import Sampling, VolumeData
 
 
@@ -183,6 +183,8 @@ class NNUNetRaw(DescribedFolder):
             raise ValueError(f"NNUNetRaw: {folder} must hold labels named *{ending}, found none")
         names = [label.name[: -len(ending)] for label in labels]
         images = self.root / f"images{which}"
+        if ending in IMAGE_SUFFIXES and not (images / f"{names[0]}_0001{ending}").exists():
+            channels = 1  # nnU-Net reads all colours from one file
         return [
             Case(name, tuple(str(images / f"{name}_{c:04}{ending}") for c in range(channels)), str(label))
             for name, label in zip(names, labels)

@@ -22,6 +22,7 @@ from vssm.layers.conv import CONVS, ConvMixer
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
 from vssm.layers.norm import ChannelNorm
+from vssm.layers.parts import check_choice
 from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.layers.unetr import UpBlock
 from vssm.models.keys import Rule, drop, rename
@@ -129,10 +130,8 @@ class HybridEncoder(nn.Module):
         mixer: str = "scan",
     ):
         super().__init__()
-        if spatial_dims not in (2, 3):
-            raise ValueError(f"HybridEncoder: spatial_dims must be 2 or 3, got {spatial_dims!r}")
-        if mixer not in MIXERS:
-            raise ValueError(f"HybridEncoder: mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
+        check_choice("HybridEncoder", "spatial_dims", spatial_dims, (2, 3))
+        check_choice("HybridEncoder", "mixer", mixer, MIXERS)
         kernel_size = [kernel_size] * len(depths) if isinstance(kernel_size, int) else kernel_size
         for name, values in (("depths", depths), ("kernel_size", kernel_size), ("mlp_ratios", mlp_ratios)):
             if len(values) != len(channels) - 1:

@@ -139,6 +139,8 @@ class Task(LightningModule):
             raise ValueError(
                 f"{type(self).__name__}: the schedule needs an end; set trainer.max_epochs or trainer.max_steps"
             )
+        if trainer.train_dataloader is None:  # with max_steps alone Lightning has not asked for it yet
+            trainer.fit_loop.setup_data()
         epochs = steps / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         self.total_steps = int(steps)
         scheduler = self.schedule.build(optimizer, self.total_steps, epochs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from vssm.checkpoints import load_encoder, load_weights
+from vssm.data.preparation import Preparation
 from vssm.data.volume_files import IMAGE_SUFFIXES, read_volume, suffix_of, write_label
-from vssm.data.volumes import Preparation, Scan
+from vssm.data.volumes import Scan
 from vssm.registries.zoo import create_model, list_models
 from vssm.tasks.base import Task, settings
 from vssm.tasks.case_report import CaseReport, Picture
@@ -31,13 +33,16 @@ from vssm.tasks.sliding import Inference, segment, window_logits
 
 @dataclass(frozen=True)
 class Loss:
-    """MONAI's ``DiceCELoss`` on softmax probabilities, the sum of both with these weights.
+    """MONAI's ``DiceCELoss``: Dice and cross-entropy with these weights, on softmax probabilities.
+
+    Of a network with a single channel: on the sigmoid's, the cross-entropy being binary.
 
     Args:
         dice, ce: Weights.
         include_background: Let the background count in the Dice term.
         batch: Take the Dice over the whole batch, not sample by sample.
         squared: Square the predictions and targets in the denominator.
+        smooth: Added to numerator and denominator of the Dice term.
     """
 
     dice: float = 1.0
@@ -45,18 +50,56 @@ class Loss:
     include_background: bool = False
     batch: bool = False
     squared: bool = False
+    smooth: float = 1e-5
 
-    def build(self) -> DiceCELoss:
-        """Make the loss: logits (B, classes, …) and class numbers (B, 1, …) to a number."""
+    def build(self, channels: int) -> DiceCELoss:
+        """Make the loss: logits (B, channels, …) and class numbers (B, 1, …) to a number."""
         return DiceCELoss(
-            include_background=self.include_background,
-            to_onehot_y=True,
-            softmax=True,
+            include_background=self.include_background or channels == 1,
+            to_onehot_y=channels > 1,
+            softmax=channels > 1,
+            sigmoid=channels == 1,
+            smooth_nr=self.smooth,
+            smooth_dr=self.smooth,
             squared_pred=self.squared,
             batch=self.batch,
             lambda_dice=self.dice,
             lambda_ce=self.ce,
         )
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Keep some parameters as they are for the first epochs, such as an encoder that starts from a classifier.
+
+    Their gradients are dropped before they are clipped and applied, so that the optimiser, too, first sees these
+    parameters when they are free.
+
+    Args:
+        epochs: How many; 0 freezes nothing.
+        parameters: Regular expression that the names of the parameters begin with.
+    """
+
+    epochs: int = 0
+    parameters: str = r"encoder\."
+
+    def of(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters of a model that this freezes.
+
+        Raises:
+            ValueError: If the expression matches none or all.
+        """
+        if not self.epochs:
+            return []
+        named = dict(model.named_parameters())
+        frozen = [parameter for name, parameter in named.items() if re.match(self.parameters, name)]
+        if len(frozen) in (0, len(named)):
+            raise ValueError(
+                f"Freeze: parameters must match the names of some parameters of {type(model).__name__}, "
+                f"{self.parameters!r} matches {len(frozen)} of {len(named)}, which begin with "
+                f"{', '.join(sorted({name.partition('.')[0] for name in named}))}"
+            )
+        return frozen
 
 
 class Segmentation(Task):
@@ -68,13 +111,16 @@ class Segmentation(Task):
     Args:
         model: Name of one of our segmenters (``vssm.list_models(task="segmentation")``), or a module given by
             ``class_path``, such as MONAI's.
-        out_channels: Number of classes, the background included; those of the data must be as many.
-        in_channels: Channels of the data.
+        out_channels: Number of classes, the background included; those of the data must be as many. Or 1: a single
+            channel whose sigmoid is the probability of the second of two classes.
+        in_channels: Channels of the data; of a frame, where the network takes clips. Their frames come as channels
+            (``vssm.data.video``), and the answer is the network's for the middle one.
         model_kwargs: Further arguments of the model, such as ``deep_supervision``.
         pretrained: Start from the published weights.
         checkpoint_path: Start from this file instead (``vssm.load_weights``).
         encoder_weights: Start the encoder from a classifier: a row of the zoo, or a file
             (``vssm.checkpoints.load_encoder``).
+        freeze: Parameters that stay as they are for the first epochs.
         loss: See there. Where the model returns a list (deep supervision), finest first, the terms are weighted 1, 1/2,
             1/4, …, the coarsest with 0, over their sum, as in nnU-Net.
         inference: Windows of validation, test and prediction.
@@ -98,6 +144,7 @@ class Segmentation(Task):
         pretrained: bool = False,
         checkpoint_path: str | None = None,
         encoder_weights: str | None = None,
+        freeze: Freeze = Freeze(),
         loss: Loss = Loss(),
         inference: Inference = Inference(),
         regions: dict[str, list[int]] | None = None,
@@ -115,7 +162,7 @@ class Segmentation(Task):
             schedule=schedule,
             ema_decay=ema_decay,
             ema_warmup=ema_warmup,
-            class_names=[str(number) for number in range(out_channels)],
+            class_names=[str(number) for number in range(max(out_channels, 2))],
             classes_argument="out_channels",
         )
         self.save_hyperparameters(ignore=["model"] if isinstance(model, nn.Module) else [])
@@ -127,13 +174,17 @@ class Segmentation(Task):
             cast(Any, self.model).set_grad_checkpointing(True)
         if compile:
             self.model.compile()
-        self.in_channels = in_channels
-        self.criterion = settings(Loss, loss).build()
+        self.frames = getattr(self.model, "frames", 1)
+        self.in_channels, self.out_channels = in_channels * self.frames, out_channels
+        self.freeze = settings(Freeze, freeze)
+        self._frozen = self.freeze.of(self.model)
+        self.criterion = settings(Loss, loss).build(out_channels)
         self.inference = settings(Inference, inference)
+        numbers = range(len(self.class_names))
         for name, members in (regions or {}).items():
-            if not members or not set(members) <= set(range(out_channels)):
+            if not members or not set(members) <= set(numbers):
                 raise ValueError(
-                    f"Segmentation: regions must list class numbers 0 … {out_channels - 1}, got {name}: {members}"
+                    f"Segmentation: regions must list class numbers 0 … {numbers[-1]}, got {name}: {members}"
                 )
         self._regions, self.pictures = regions, pictures
         count = len(self.regions)
@@ -156,15 +207,36 @@ class Segmentation(Task):
 
     def setup(self, stage: str) -> None:
         """Compare classes and channels of the data with those of the model; take over how volumes are prepared."""
-        super().setup(stage)
         data = self.trainer.datamodule
+        names = getattr(data, "class_names", None)
+        if self.out_channels == 1 and names and len(names) != 2:
+            raise ValueError(
+                f"Segmentation: a single channel tells two classes apart, the data have {len(names)}; set "
+                f"model.init_args.out_channels={len(names)}"
+            )
+        super().setup(stage)
         if data.in_channels not in (None, self.in_channels):
+            if self.frames > 1:
+                raise ValueError(
+                    f"Segmentation: the data must have {self.frames} frames of {self.in_channels // self.frames} "
+                    f"channels, got {data.in_channels} channels in all; see vssm.data.video.VideoFolders"
+                )
             raise ValueError(
                 f"Segmentation: in_channels must be the number of channels in the data, {data.in_channels}, got "
                 f"{self.in_channels}; set model.init_args.in_channels={data.in_channels}"
             )
         self.preparation = data.preparation
         self.label_values = data.label_values or self.label_values
+
+    def forward(self, images: Tensor) -> Any:
+        """Return the model's logits for images (B, C, …); of a clip's frames, those of the middle one."""
+        if self.frames == 1:
+            return self.model(images)
+        outputs = self.model(images.unflatten(1, (self.frames, -1)))
+        return (outputs[0] if isinstance(outputs, tuple) else outputs)[:, self.frames // 2]
+
+    def run_model(self, images: Tensor, target: Tensor) -> Any:
+        return self(images)
 
     # ---- training ----
 
@@ -173,7 +245,8 @@ class Segmentation(Task):
 
     def loss(self, images: Tensor, target: Tensor) -> Tensor:
         """Return the loss for images (B, C, …) and class numbers (B, …)."""
-        outputs, target = self(images), target.unsqueeze(1).long()
+        outputs, target = self(images), target.unsqueeze(1)
+        target = target.float() if self.out_channels == 1 else target.long()
         if not isinstance(outputs, (list, tuple)):
             return self.criterion(outputs.float(), target)
         weights = [0.5**level for level in range(len(outputs))]
@@ -186,10 +259,24 @@ class Segmentation(Task):
         ]
         return torch.stack(terms).sum() / sum(weights)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.current_epoch < self.freeze.epochs:
+            for parameter in self._frozen:
+                parameter.grad = None
+
     def configure_callbacks(self) -> list[Callback]:
         return [*super().configure_callbacks(), CaseReport()]
 
     # ---- evaluation ----
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """Return the logits of every class, (B, classes, …), the finest where the model returns several.
+
+        Where it has a single channel, those of the first class are 0: the softmax of both is then its sigmoid.
+        """
+        logits = self(images)
+        logits = logits[0] if isinstance(logits, (list, tuple)) else logits
+        return logits if self.out_channels > 1 else torch.cat([torch.zeros_like(logits), logits], 1)
 
     def validation_step(self, scan: Scan, batch_idx: int) -> None:
         patch, flat = self.preparation.patch, self.preparation.flat_axis
@@ -197,28 +284,35 @@ class Segmentation(Task):
             scan.image[None],
             patch,
             self.inference.batch_size,
-            lambda windows: window_logits(self.model, windows, flat).float(),
+            lambda windows: window_logits(self.class_logits, windows, flat).float(),
             overlap=self.inference.overlap,
             mode="gaussian",
             sw_device=self.device,
             device="cpu",
         )
-        self.val_loss.update(self.criterion(logits, scan.label[None, None].long()).to(self.device))
+        target = scan.label[None, None]
+        target = target.float() if self.out_channels == 1 else target.long()
+        self.val_loss.update(self.criterion(logits[:, -self.out_channels :], target).to(self.device))
         spacing = np.linalg.norm(scan.affine[:3, :3], axis=0)
         truth, predicted = scan.label.numpy(), logits[0].argmax(0).numpy()
         self._score("val", scan, truth, predicted, spacing)
         if len(self.case_pictures) < self.pictures:
             self.case_pictures.append(
-                Picture.of(scan.case.name, scan.image[0].numpy(), truth, predicted, spacing)
+                Picture.of(scan.case.name, scan.image[self._shown].numpy(), truth, predicted, spacing)
             )
 
     def test_step(self, scan: Scan, batch_idx: int) -> None:
-        predicted = segment(self.model, scan, self.preparation.patch, self.inference, device=self.device)
+        predicted = segment(self.class_logits, scan, self.preparation.patch, self.inference, device=self.device)
         spacing = np.linalg.norm(scan.grid_affine[:3, :3], axis=0)
         self._score("test", scan, scan.own_label, predicted, spacing)
         if len(self.case_pictures) < self.pictures:
-            image = read_volume(scan.case.images)[0][0]
+            image = read_volume(scan.case.images)[0][self._shown]
             self.case_pictures.append(Picture.of(scan.case.name, image, scan.own_label, predicted, spacing))
+
+    @property
+    def _shown(self) -> int:
+        """The channel that pictures show: the first, of the middle frame."""
+        return self.frames // 2 * (self.in_channels // self.frames)
 
     def _score(self, split: str, scan: Scan, truth: np.ndarray, predicted: np.ndarray, spacing_mm: np.ndarray) -> None:
         """Add a case to the means: Dice and, in millimetres, HD95 of each region."""
@@ -265,7 +359,7 @@ class Segmentation(Task):
         """Write the classes of a volume beside the table of predictions, on the volume's own grid."""
         tables = [Path(c.path) for c in self.trainer.callbacks if isinstance(c, PredictionWriter)]
         folder = tables[0].with_suffix("") if tables else Path("predictions")
-        predicted = segment(self.model, scan, self.preparation.patch, self.inference, device=self.device)
+        predicted = segment(self.class_logits, scan, self.preparation.patch, self.inference, device=self.device)
         file = write_prediction(folder, scan, predicted, self.label_values)
         return {"index": scan.index, "file": str(file), "volumes_ml": self.volumes_ml(scan, predicted)}
 
@@ -347,7 +441,9 @@ def hausdorff95_mm(truth: np.ndarray, predicted: np.ndarray, spacing_mm: np.ndar
 
 def _shrunk(target: Tensor, size: tuple[int, ...]) -> Tensor:
     """Class numbers (B, 1, …) on a coarser grid, taken from the nearest voxel."""
-    return target if target.shape[2:] == size else F.interpolate(target.float(), size, mode="nearest-exact").long()
+    if target.shape[2:] == size:
+        return target
+    return F.interpolate(target.float(), size, mode="nearest-exact").to(target.dtype)
 
 
 def _build(

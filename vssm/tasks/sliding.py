@@ -20,6 +20,9 @@ from torch import Tensor
 
 from vssm.data.volumes import Scan
 
+PLANES = 16
+"""How many finished planes come out at once, at most."""
+
 
 @dataclass(frozen=True)
 class Inference:
@@ -50,7 +53,6 @@ def window_logits(
 
     def once(x: Tensor) -> Tensor:
         y = network(x if flat_axis is None else x.squeeze(flat_axis + 2))
-        y = y[0] if isinstance(y, (list, tuple)) else y  # deep supervision: the finest comes first
         return y if flat_axis is None else y.unsqueeze(flat_axis + 2)
 
     axes = [axis + 2 for axis in flips if axis != flat_axis]
@@ -109,15 +111,16 @@ def stream_logits(
                 place = tuple(slice(None) if a == axis else window[a] for a in range(3))
                 sums[(slice(None), *place)] += values * weight
                 norm[(slice(None), *place)] += weight
-        done = following - start
-        finished = (sums.narrow(axis + 1, 0, done) / norm.narrow(axis + 1, 0, done)).movedim(axis + 1, 0)
+        done, rest = following - start, patch[axis] - (following - start)
         low, high = (min(max(edge - start, 0), done) for edge in (inner[axis].start, inner[axis].stop))
-        if high > low:
-            yield finished[low:high, :, inner[other[0]], inner[other[1]]]
+        for first in range(low, high, PLANES):  # a slab has all classes: no copy of a whole one is made
+            n = min(PLANES, high - first)
+            finished = (sums.narrow(axis + 1, first, n) / norm.narrow(axis + 1, first, n)).movedim(axis + 1, 0)
+            yield finished[:, :, inner[other[0]], inner[other[1]]]
         for total in (sums, norm):
-            rest = patch[axis] - done
-            if rest > 0:
-                total.narrow(axis + 1, 0, rest).copy_(total.narrow(axis + 1, done, rest).clone())
+            for first in range(0, rest, done):
+                n = min(done, rest - first)
+                total.narrow(axis + 1, first, n).copy_(total.narrow(axis + 1, first + done, n))
             total.narrow(axis + 1, max(rest, 0), patch[axis] - max(rest, 0)).zero_()
 
 

@@ -1,0 +1,118 @@
+"""Clips of videos: the frames around one that has a mask, for networks such as Vivim."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vssm.data.augmentation import PatchAugment
+from vssm.data.loading import Loader
+from vssm.data.preparation import Preparation, Split
+from vssm.data.volume_files import IMAGE_SUFFIXES, Case, stem_of, suffix_of
+from vssm.data.volumes import Sampling, VolumeData
+
+
+class VideoFolders(VolumeData):
+    """A folder with the frames of each video, and one with their masks: ``IMAGES/VIDEO/FRAME``, ``LABELS/VIDEO/FRAME``.
+
+    A case is a frame with a mask, in the middle of a clip; at both ends of a video the last frame is repeated. The
+    frames of a clip are its channels, one after the other: five RGB frames are 15 channels. Frames of one video stay
+    together in the split.
+
+    Args:
+        images, labels: The folders.
+        class_names: Names of the classes, the background first.
+        frames: Frames of a clip, an odd number.
+        label_values: Values of the classes in the masks (``[0, 255]``); 0, 1, 2, … if None.
+        split: Which videos are for what.
+        test_images, test_labels: Folders of test videos, if they are apart.
+        loader, preparation, sampling, augment: See ``VolumeData``.
+        predict: Folders of frames, or folders of those, for ``predict``.
+    """
+
+    def __init__(
+        self,
+        images: str,
+        labels: str,
+        class_names: list[str],
+        *,
+        frames: int = 5,
+        label_values: list[int] | None = None,
+        split: Split = Split(),
+        test_images: str | None = None,
+        test_labels: str | None = None,
+        loader: Loader = Loader(batch_size=2, workers=8),
+        preparation: Preparation = Preparation(),
+        sampling: Sampling = Sampling(patches_per_volume=1, foreground=0.0),
+        augment: PatchAugment | None = None,
+        predict: str | list[str] | None = None,
+    ):
+        if frames < 1 or frames % 2 == 0:
+            raise ValueError(f"VideoFolders: frames must be odd, the mask is that of the middle one, got {frames}")
+        if label_values is not None and len(label_values) != len(class_names):
+            raise ValueError(
+                f"VideoFolders: label_values must be one a class, got {len(label_values)} for {len(class_names)}"
+            )
+        super().__init__(loader, preparation, sampling, augment, predict)
+        self.folders, self.test_folders = (Path(images), Path(labels)), (test_images, test_labels)
+        self.names, self.values, self.frames, self.split = class_names, label_values, frames, split
+
+    def find(self) -> dict[str, list[Case]]:
+        self.class_names, self.label_values = self.names, tuple(self.values or range(len(self.names)))
+        videos = self._videos(*self.folders)
+        parts = self.split.assign("VideoFolders", [Case(name, ()) for name in videos])
+        cases = {part: [case for video in chosen for case in videos[video.name]] for part, chosen in parts.items()}
+        if self.test_folders[0] and self.test_folders[1]:
+            if cases["test"]:
+                raise ValueError("VideoFolders: test_images is given; set split.test to 0")
+            tested = self._videos(Path(self.test_folders[0]), Path(self.test_folders[1]))
+            cases["test"] = [case for clips in tested.values() for case in clips]
+        return cases
+
+    def _videos(self, images: Path, labels: Path) -> dict[str, list[Case]]:
+        """The clips of each video whose middle frame has a mask."""
+        for folder in (images, labels):
+            if not folder.is_dir():
+                raise ValueError(f"VideoFolders: {folder} must be a folder, found none")
+        videos = {}
+        for folder in sorted(path for path in labels.iterdir() if path.is_dir() and path.name[0] != "."):
+            masks = {stem_of(file): str(file) for file in _frames(folder)}
+            clips = self._clips(images / folder.name)
+            lone = sorted(masks.keys() - clips.keys())
+            if lone:
+                raise ValueError(
+                    f"VideoFolders: each mask of {folder} must have a frame in {images / folder.name}, "
+                    f"{len(lone)} have none: {', '.join(lone[:5])}"
+                )
+            videos[folder.name] = [replace(clips[stem], label=mask) for stem, mask in masks.items()]
+        if not any(videos.values()):
+            raise ValueError(f"VideoFolders: {labels} must hold a folder of masks for each video, found none")
+        return videos
+
+    def _clips(self, folder: Path) -> dict[str, Case]:
+        """The clip around every frame of a folder, by the frame's name without suffix."""
+        files = _frames(folder) if folder.is_dir() else []
+        last, half = len(files) - 1, self.frames // 2
+        return {
+            stem_of(file): Case(
+                f"{folder.name}_{stem_of(file)}",
+                tuple(str(files[min(max(i + offset, 0), last)]) for offset in range(-half, half + 1)),
+            )
+            for i, file in enumerate(files)
+        }
+
+    def _predict_cases(self) -> list[Case]:
+        paths = [self.predict] if isinstance(self.predict, str) else self.predict or []
+        folders = [Path(path) for path in paths]
+        folders += sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir())
+        cases = [case for folder in folders for case in self._clips(folder).values()]
+        if not cases:
+            raise ValueError(
+                "VideoFolders: nothing to predict; give a folder of frames, or of such folders, "
+                f"--data.init_args.predict=PATH, got {self.predict}"
+            )
+        return cases
+
+
+def _frames(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if suffix_of(file) in IMAGE_SUFFIXES and file.name[0] != ".")
