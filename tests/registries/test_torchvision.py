@@ -288,8 +288,8 @@ def test_letterbox_keeps_the_ratio_and_fills_with_grey():
 
 
 def test_finds_what_the_maps_say():
-    """A cell that is sure of two classes gives two boxes; a second cell with the same box gives none."""
-    model = yolo(num_classes=4).eval()
+    """A cell that is sure of two classes gives two boxes, if it may; a second cell with the same box gives none."""
+    model, single = yolo(num_classes=4).eval(), yolo(num_classes=4, multi_label=False).eval()
     decoded = torch.zeros(7, 3)
     decoded[:4] = torch.tensor([[50.0, 40, 20, 30], [50, 40, 20, 30], [10, 10, 5, 5]]).T
     decoded[4:, 0] = torch.tensor([0.9, 0.0, 0.6])
@@ -299,6 +299,9 @@ def test_finds_what_the_maps_say():
     assert found["labels"].tolist() == [1, 3]
     assert found["scores"].tolist() == pytest.approx([0.9, 0.6])
     assert found["boxes"].tolist() == [[40, 25, 60, 55]] * 2
+    assert {name: x.tolist() for name, x in single.found(decoded, placement).items()} == {
+        name: x[:1].tolist() for name, x in found.items()
+    }
 
 
 def test_training_needs_targets_that_fit():

@@ -47,6 +47,8 @@ class MambaYOLODetector(nn.Module):
         score_thresh: Boxes below are dropped; 0.001 to measure precision, 0.25 to look at.
         nms_thresh: IoU above which the worse box of a class is dropped.
         detections_per_img: Boxes that are kept of an image.
+        multi_label: A cell may find a box of every class, as precision is measured; or of its best class alone, as the
+            published code predicts.
         box, cls, dfl: Gains of the losses.
     """
 
@@ -58,6 +60,7 @@ class MambaYOLODetector(nn.Module):
         score_thresh: float = 0.001,
         nms_thresh: float = 0.7,
         detections_per_img: int = 300,
+        multi_label: bool = True,
         box: float = 7.5,
         cls: float = 0.5,
         dfl: float = 1.5,
@@ -67,6 +70,7 @@ class MambaYOLODetector(nn.Module):
             raise ValueError(f"MambaYOLODetector: image_size must be a multiple of 32, got {image_size}")
         self.model, self.image_size = model, image_size
         self.score_thresh, self.nms_thresh, self.detections_per_img = score_thresh, nms_thresh, detections_per_img
+        self.multi_label = multi_label
         self.loss = TaskAlignedLoss(model.head.strides, box=box, cls=cls, dfl=dfl)
 
     def forward(
@@ -126,9 +130,12 @@ class MambaYOLODetector(nn.Module):
         return {"boxes": placement.to_batch(boxes), "labels": labels - 1}
 
     def found(self, decoded: Tensor, placement: Placement) -> dict[str, Tensor]:
-        """Boxes, labels and scores of one image, the best first. A box may have several classes."""
+        """Boxes, labels and scores of one image, the best first."""
         boxes, scores = box_convert(decoded[:4].T, "cxcywh", "xyxy"), decoded[4:].T
-        cell, label = (scores > self.score_thresh).nonzero(as_tuple=True)
+        wanted = scores > self.score_thresh
+        if not self.multi_label:
+            wanted &= F.one_hot(scores.argmax(1), scores.shape[1]).bool()
+        cell, label = wanted.nonzero(as_tuple=True)
         score = scores[cell, label]
         best = score.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
         cell, label, score = cell[best], label[best], score[best]
