@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,16 +141,28 @@ def same(x: Tensor | None, y: Tensor | None) -> bool:
     return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride())
 
 
-class Visits(NamedTuple):
-    """Which steps visit each cell, as ``sum_visits`` takes it."""
+class Visits:
+    """Which steps visit each cell, as ``sum_visits`` takes it; of a table at ``address`` in ``version``, if remembered.
 
-    visit: Tensor | None  # the step that visits each cell, or, with ``first``, all steps ordered by cell
-    first: Tensor | None
-    complete: bool  # every row is known to visit every cell
+    Attributes:
+        visit: The step that visits each cell, or, with ``first``, all steps ordered by cell; None: step t cell t.
+        first: Where the steps of each cell begin.
+        complete: Every row is known to visit every cell.
+    """
+
+    __slots__ = ("__weakref__", "address", "complete", "first", "version", "visit")
+
+    def __init__(self, visit: Tensor | None, first: Tensor | None, complete: bool) -> None:
+        self.visit, self.first, self.complete = visit, first, complete
+        self.address, self.version = 0, -1
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.visit, self.first
 
 
-WHOLE = Visits(None, None, True)  # step t visits cell t
-_inverses: OrderedDict[tuple[Any, ...], tuple[Tensor, int, Visits]] = OrderedDict()
+WHOLE = Visits(None, None, True)
+_inverses: OrderedDict[tuple[Any, ...], tuple[Tensor, Visits]] = OrderedDict()
 _captured: dict[int, Visits] = {}  # CUDA graphs read these as long as they live, which nobody can know
 
 
@@ -162,23 +174,29 @@ def visits(index: Tensor | None, cells: int, revisits: bool) -> Visits:
         return _inverse(index, cells, revisits)
     # Its address is not another's as long as the table is kept.
     key = (index.data_ptr(), index.shape, index.stride(), cells, revisits)
-    found = _inverses.get(key)
+    _, found = _inverses.get(key, (None, None))
     capturing = index.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if found is not None and found[1] == index._version:
+    if found is not None and found.version == index._version:
         if capturing:
-            _captured[id(found[2])] = found[2]
-        return found[2]
+            keep(found)
+        return found
     inverse = _inverse(index, cells, revisits)
     if capturing:
         return inverse  # it lies in the graph's memory
-    if inverse.first is None:  # waits for the device, as other streams may use what is remembered
-        inverse = inverse._replace(complete=bool((inverse.visit >= 0).all()))
-    else:
+    if inverse.visit is not None and inverse.first is None:  # waits for the device, as other streams may use it
+        inverse.complete = bool((inverse.visit >= 0).all())
+    elif inverse.first is not None:
         inverse.first[..., :1].tolist()
-    _inverses[key] = index, index._version, inverse
+    inverse.address, inverse.version = index.data_ptr(), index._version
+    _inverses[key] = index, inverse
     if len(_inverses) > TABLES:
         _inverses.popitem(last=False)
     return inverse
+
+
+def keep(found: Visits) -> None:
+    """Keep what a CUDA graph that is being captured will read."""
+    _captured[id(found)] = found
 
 
 def _inverse(index: Tensor, cells: int, revisits: bool) -> Visits:
@@ -222,7 +240,7 @@ def sum_by_cell(
     go to ``out_2``.
     """
     b, k, t, *blocks, columns = parts.shape
-    visit, first, _ = found
+    visit, first = found.tensors
     merge, cells = out.dim() == 3, out.shape[-2]
     parts_of_a_step = blocks[0] if blocks else 1
     divisor = columns & -columns

@@ -89,25 +89,29 @@ def replayed(
     tensors: Sequence[Tensor | None],
     options: tuple[Any, ...],
     kind: Hashable = None,
+    shortcut: Callable[[Recipe, tuple[int, ...] | None], None] | None = None,
 ) -> Sequence[Tensor | None]:
     """The results of ``call()``, which takes ``tensors`` and makes buffers by :func:`empty`; by its recipe if known.
 
     ``options`` are hashable and decide, with the kinds of the tensors, what ``call`` does. ``kind`` stands for these
-    kinds where the caller knows them. The device of the tensors is the current one.
+    kinds where the caller knows them. The device of the tensors is the current one. ``shortcut`` is given the recipe
+    that was followed, and the alignment of the tensors, if these are all different.
     """
     present = [x for x in tensors if x is not None]
     addresses = [x.data_ptr() for x in present]
     if kind is None:
         kind = tuple([None if x is None else (x.dtype, x.shape, x.stride(), x.device) for x in tensors])
     # How tensors are aligned, and which are one and the same, decide too.
-    aligned = None if reduce(or_, addresses) & 15 == 0 else tuple([x & 15 for x in addresses])
+    aligned = alignment(addresses)
     places = None if len({*addresses}) == len(addresses) else tuple([addresses.index(x) for x in addresses])
     key = (kind, options, aligned, places)
     recipe = _recipes.get(key, UNKNOWN)
     if recipe is None:
         return call()
     if recipe is not UNKNOWN:
-        return _follow(recipe, addresses)
+        if shortcut is not None and places is None and recipe.direct is not None:
+            shortcut(recipe, aligned)
+        return follow(recipe, addresses)
     notes = _thread.notes = Notes()
     try:
         results = call()
@@ -117,6 +121,11 @@ def replayed(
         _recipes.clear()
     _recipes[key] = _recipe(notes, present, results)
     return results
+
+
+def alignment(addresses: Sequence[int]) -> tuple[int, ...] | None:
+    """What remains of addresses after multiples of 16; None if nothing does."""
+    return None if reduce(or_, addresses) & 15 == 0 else tuple([x & 15 for x in addresses])
 
 
 def _recipe(notes: Notes, present: Sequence[Tensor], results: Sequence[Tensor | None]) -> Recipe | None:
@@ -147,7 +156,7 @@ def _recipe(notes: Notes, present: Sequence[Tensor], results: Sequence[Tensor | 
     return Recipe(device, made, scratch, offsets, direct, launches)
 
 
-def _follow(recipe: Recipe, addresses: list[int]) -> list[Tensor | None]:
+def follow(recipe: Recipe, addresses: list[int]) -> list[Tensor | None]:
     device, made, size, offsets, direct, launches = recipe
     # What compiled graphs allocate with on the current device: a third of the time that torch.empty takes.
     make = _empty_cuda if device.type == "cuda" else None

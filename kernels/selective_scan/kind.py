@@ -41,7 +41,7 @@ class Kind:
         self.backend = chosen(u.device, self.dtypes[0] or u.dtype, backend)
         self.save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
         self.one_table = read is table and write is table
-        self.empty = u.numel() == 0
+        self.shortcuts: dict[Any, Any] = {}  # of the Triton backend, to launches
         with torch.no_grad():
             cleaned = self.cleaned(operands)
         self.as_given = all(x is y for x, y in zip(operands, cleaned))

@@ -7,6 +7,7 @@ cost, and handed to a backend; compilers see the custom op ``vssm::selective_sca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -99,8 +100,10 @@ def selective_scan(
         operands = kind.cleaned(operands)
     if kind.save and kind.backend != "reference":
         return _apply(kind, *kind.saved(operands))
-    p = Problem(*[*operands, *options])
-    return reference.selective_scan(_checked(p)) if kind.backend == "reference" else _forward(p, False, kind)[:2]
+    if kind.backend == "reference":
+        return reference.selective_scan(_checked(Problem(*[*operands, *options])))
+    y, last_state, *_ = _forward_again(kind, kind.saved(operands))
+    return y, last_state
 
 
 def _traced(operands: Operands, options: tuple[bool, bool, bool], backend: str | None) -> tuple[Tensor, Tensor]:
@@ -140,6 +143,15 @@ def _forward(p: Problem, save: bool, kind: Kind | str) -> tuple[Tensor, Tensor, 
     return run(_checked(p), save)
 
 
+def _forward_again(kind: Kind, operands: Operands) -> Sequence[Any]:
+    """As :func:`_forward`, shorter for a kind that was met before."""
+    if kind.shortcuts:
+        results = implementation("selective_scan", "triton").forward_again(kind, operands)
+        if results is not None:
+            return *results, None
+    return _forward(kind.problem(operands), kind.save, kind)
+
+
 def _backward(
     p: Problem,
     grad_y: Tensor | None,
@@ -170,7 +182,7 @@ def _like(x: Tensor) -> Tensor:
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kind: Kind, *operands: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, last_state, states, ungated = _forward(kind.problem(operands), True, kind)
+        y, last_state, states, ungated = _forward_again(kind, operands)
         ctx.save_for_backward(*operands, states, ungated)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
@@ -183,11 +195,16 @@ class _SelectiveScan(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
     *operands, states, ungated = ctx.saved_tensors
-    kind = ctx.kind
+    kind, needed = ctx.kind, ctx.needs_input_grad[1:]
     # Hooks on saved tensors may bring them back in other layouts.
-    same = kind if layouts(operands) == kind.saved_layouts else None
-    needed = ctx.needs_input_grad[1:]
-    grads = _backward(kind.problem(operands), grad_y, grad_last, states, ungated, kind.backend, same, needed)
+    same = layouts(operands) == kind.saved_layouts
+    grads = None
+    if same and kind.shortcuts and grad_y is not None:
+        tensors = (*operands, dense(grad_y), dense(grad_last), states)
+        grads = implementation("selective_scan", "triton").backward_again(kind, tensors, needed)
+    if grads is None:
+        p = kind.problem(operands)
+        grads = _backward(p, grad_y, grad_last, states, ungated, kind.backend, kind if same else None, needed)
     u, delta, A, B, C, D, z, delta_bias, initial_state = grads
     return None, u, delta, A, B, C, D, z, delta_bias, None, None, None, initial_state
 

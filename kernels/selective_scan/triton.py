@@ -22,7 +22,8 @@ row visits a cell twice; otherwise, and wherever rows are summed, steps leave th
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import weakref
+from collections.abc import Hashable, Sequence
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -30,14 +31,17 @@ import torch
 from torch import Tensor
 
 from vssm.kernels.selective_scan import triton_backward, triton_forward
+from vssm.kernels.selective_scan.kind import Kind
 from vssm.kernels.selective_scan.problem import Problem
 from vssm.kernels.triton_launch import (
     LARGE,
+    WHOLE,
     Visits,
     cdiv,
     clear_unvisited,
     index_strides,
     is_current,
+    keep,
     launch,
     on,
     parameter_grads,
@@ -48,7 +52,7 @@ from vssm.kernels.triton_launch import (
     sum_by_cell,
     visits,
 )
-from vssm.kernels.triton_replay import empty, replayed
+from vssm.kernels.triton_replay import Recipe, alignment, empty, follow, replayed
 
 
 class Plan(NamedTuple):
@@ -161,17 +165,66 @@ def aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
 
 
-def forward(p: Problem, save: bool, kind: Hashable = None) -> tuple[Tensor, Tensor, Tensor | None, None]:
+class Shortcut(NamedTuple):
+    """The recipe of calls of one kind whose tensors are aligned alike, and what to find before it is followed."""
+
+    recipe: Recipe
+    aligned: tuple[int, ...] | None
+    found: weakref.ref[Visits] | None  # the inverse of the table, remembered
+
+    def follow(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """The results for ``tensors``, operands first; None if they must be found the long way."""
+        addresses = [x.data_ptr() for x in tensors if x is not None]
+        device = self.recipe.device.index
+        if torch.cuda.current_device() != device or len({*addresses}) != len(addresses):
+            return None
+        if self.found is not None:
+            found, table = self.found(), tensors[8]
+            if found is None or table is None or table.data_ptr() != found.address or table._version != found.version:
+                return None
+            addresses += [x.data_ptr() for x in found.tensors if x is not None]
+            # No graph is captured on the default stream.
+            if torch._C._cuda_getCurrentRawStream(device) and torch.cuda.is_current_stream_capturing():
+                keep(found)
+        return follow(self.recipe, addresses) if alignment(addresses) == self.aligned else None
+
+
+def _remember(kind: Kind, name: Hashable, found: Visits, recipe: Recipe, aligned: tuple[int, ...] | None) -> None:
+    """Make the shortcut of a kind whose cells are named by one table, if that is remembered, or by none."""
+    if kind.one_table and (found is WHOLE or found.version >= 0):
+        kind.shortcuts[name] = Shortcut(recipe, aligned, None if found is WHOLE else weakref.ref(found))
+
+
+def forward_again(kind: Kind, operands: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
+    """y, last state and states kept, by the kind's shortcut; None if there is none that fits."""
+    shortcut = kind.shortcuts.get((use_gluon, LARGE))
+    return None if shortcut is None else shortcut.follow(operands)
+
+
+def backward_again(kind: Kind, tensors: Sequence[Tensor | None], needed: tuple[bool, ...]) -> Sequence[Any] | None:
+    """Gradients, by the kind's shortcut; ``tensors`` are operands, grad_y, grad_last and states."""
+    shortcut = kind.shortcuts.get(_name(tensors[12:], needed))
+    return None if shortcut is None else shortcut.follow(tensors)
+
+
+def _name(given: Sequence[Tensor | None], needed: tuple[bool, ...]) -> tuple[Any, ...]:
+    return use_gluon, LARGE, needed, *[x if x is None else (x.dtype, x.shape, x.stride()) for x in given]
+
+
+def forward(p: Problem, save: bool, kind: Kind | None = None) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """y, last state, with ``save`` every ``interval``-th state, and nothing: y before the gate is computed again.
 
-    ``kind`` stands for options, shapes, strides and dtypes of the problem, if the caller knows them.
+    ``kind`` is that of the call, if it has one.
     """
     if not is_current(p.u.device):
         with on(p.u.device):
             return forward(p, save, kind)
     found = visits(p.write, p.l, p.revisits)
     options = ("forward", save, found.complete, use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits)
-    y, last, states = replayed(lambda: _forward(p, save, found), (*p.distinct, *found[:2]), options, kind)
+    shortcut = None if kind is None else partial(_remember, kind, (use_gluon, LARGE), found)
+    y, last, states = replayed(
+        lambda: _forward(p, save, found), (*p.distinct, *found.tensors), options, kind, shortcut
+    )  # fmt: skip
     return y, last, states, None
 
 
@@ -237,12 +290,13 @@ def backward(
     grad_y: Tensor,
     grad_last: Tensor | None,
     states: Tensor,
-    kind: Hashable = None,
+    kind: Kind | None = None,
     needed: tuple[bool, ...] = (True,) * 12,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; ``grad_last`` may be None for zero.
 
-    ``kind`` is as for the forward; ``needed`` says of each operand whether its gradient is: others may be None.
+    ``kind`` is that of the call if the problem is as it was; ``needed`` says of each operand whether its gradient is:
+    others may be None.
     """
     if not is_current(p.u.device):
         with on(p.u.device):
@@ -254,14 +308,15 @@ def backward(
     by_write = by_read if same_cells and same(write, p.read) else visits(write, l, p.revisits)
     parameters, gates = needed[2] or needed[5] or needed[7], needed[3] or needed[4]
     found = (by_read, None if by_table is by_read else by_table, None if by_write is by_read else by_write)
-    tensors = (*p.distinct, grad_y, grad_last, states, *[x for visited in found if visited for x in visited[:2]])
+    given = (grad_y, grad_last, states)
+    tensors = (*p.distinct, *given, *[x for visited in found if visited for x in visited.tensors])
     flags = (use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits, parameters, gates)
     options = ("backward", *[visited and visited.complete for visited in found], *flags)
-    if kind is not None:
-        kind = (kind, *[x if x is None else (x.dtype, x.shape, x.stride()) for x in (grad_y, grad_last, states)])
+    name = _name(given, needed)
+    shortcut = None if kind is None else partial(_remember, kind, name, by_read)
     grads = replayed(
         lambda: _backward(p, grad_y, grad_last, states, by_read, by_table, by_write, parameters, gates),
-        tensors, options, kind,
+        tensors, options, kind and (kind, name), shortcut,
     )  # fmt: skip
     return tuple(grads)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -300,6 +301,102 @@ def test_a_cuda_graph_replays_the_scan():
     assert torch.equal(y, expected)
 
 
+@gpu
+def test_the_driver_and_tritons_launcher_do_the_same(monkeypatch):
+    """The first call is made, the second replayed by the driver, the third replayed by Triton."""
+    replay = import_module("vssm.kernels.triton_replay")
+    inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(2, 2, 300, 32, 16, shared="u").items()}
+    run = partial(value_and_grads, partial(selective_scan, backend="triton"), inputs, delta_softplus=True)
+    run = partial(run, table=permutations(2, 300).cuda(), merge="sum", revisits=False)
+    made, directly = run(), run()
+    assert any(recipe is not None and recipe.direct is not None for recipe in replay._recipes.values())
+    monkeypatch.setattr(replay.triton_direct, "arguments", lambda *_: None)
+    monkeypatch.setattr(replay, "_recipes", {})
+    run()
+    by_triton = run()
+    assert all(recipe is None or recipe.direct is None for recipe in replay._recipes.values())
+    for name, value in made.items():
+        assert torch.equal(value, directly[name]), name
+        assert torch.equal(value, by_triton[name]), name
+
+
+@gpu
+def test_a_thread_without_a_context_launches():
+    """The first thing that a thread does with the GPU may be a replayed call, whose memory comes from the cache."""
+    x = torch.rand(1, 40, 8, device="cuda")
+    run = partial(selective_scan, x, x, -torch.ones(8, 4, device="cuda"), x[..., :4], x[..., :4])
+    expected, _ = run()
+    torch.cuda.synchronize()
+    run()
+    with ThreadPoolExecutor(1) as thread:
+        actual = thread.submit(lambda: run()[0]).result()
+    assert torch.equal(actual, expected)
+
+
+@gpu
+def test_gradients_that_nobody_asks_for_are_left_out():
+    inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(2, 2, 100, 32, 16, shared="u").items()}
+    options = dict(delta_softplus=True, table=permutations(2, 100).cuda(), merge="sum", revisits=False)
+    names = ["u", "delta", "z"]
+    asked = {name: x.requires_grad_(name in names) for name, x in inputs.items()}
+    for _ in range(2):
+        y, _ = selective_scan(**asked, **options, backend="triton")
+        some = torch.autograd.grad(y.sum(), [asked[name] for name in names])
+        every = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        y, _ = selective_scan(**every, **options, backend="triton")
+        for name, grad, full in zip(names, some, torch.autograd.grad(y.sum(), [every[name] for name in names])):
+            assert torch.equal(grad, full), name
+
+
+@gpu
+def test_saved_operands_may_come_back_in_another_layout():
+    """As torch.autograd.graph.save_on_cpu brings them: contiguous."""
+    inputs = {name: x.cuda() for name, x in scan_inputs(2, 1, 100, 32, 4).items()}
+    wide = torch.randn(2, 100, 80, device="cuda")
+    u, delta = (wide[..., i : i + 32].requires_grad_() for i in (0, 40))
+    rest = {name: inputs[name].float() for name in ("A", "B", "C")}
+    expected = actual = None
+    for _ in range(2):
+        y, _ = selective_scan(u, delta, **rest, delta_softplus=True)
+        expected = torch.autograd.grad(y.square().sum(), (u, delta))
+        with torch.autograd.graph.save_on_cpu():
+            y, _ = selective_scan(u, delta, **rest, delta_softplus=True)
+        actual = torch.autograd.grad(y.square().sum(), (u, delta))
+        assert all(torch.equal(x, y) for x, y in zip(actual, expected))
+
+
+@gpu
+def test_compiled_graphs_do_not_share_remembered_tables():
+    """Under mode="reduce-overhead" what a call allocates lies in a CUDA graph's memory, to be overwritten."""
+    launches = import_module("vssm.kernels.triton_launch")
+    inputs = {name: x.cuda() for name, x in scan_inputs(2, 2, 96, 32, 4, shared="u").items()}
+    inputs = {name: x.float() for name, x in inputs.items()}
+    tables = [permutations(2, 96).cuda() for _ in range(2)]
+
+    def twice(u: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        rest = {name: x for name, x in inputs.items() if name != "u"}
+        for table in (first, second.flip(0)):  # one that is given, one that is made
+            u = selective_scan(u, **rest, delta_softplus=True, table=table, merge="sum", revisits=False)[0].sin()
+        return u
+
+    known = len(launches._inverses)
+    compiled = torch.compile(twice, mode="reduce-overhead", fullgraph=True)
+    for step in range(6):
+        u = torch.randn_like(inputs["u"], requires_grad=True)
+        actual = compiled(u, *tables)
+        (grad,) = torch.autograd.grad(actual.square().sum(), u)
+        actual, grad = actual.clone(), grad.clone()
+        [torch.full((2, 96), -7, device="cuda", dtype=torch.int32) for _ in range(50)]  # takes memory that was freed
+        with torch.no_grad():
+            for table in tables:  # another order, at the same place
+                table.copy_(table[:, torch.randperm(96, device="cuda")] if step == 2 else table)
+        if step != 2:
+            expected = twice(u, *tables)
+            assert error(actual, expected) < 1e-4
+            assert error(grad, torch.autograd.grad(expected.square().sum(), u)[0]) < 1e-4
+    assert len(launches._inverses) <= known + 2 * len(tables)  # those of the eager calls
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_inputs_may_lie_on_a_gpu_that_is_not_the_current_one():
     inputs = rounded(scan_inputs(2, 2, 90, 20, 4), torch.float32)
@@ -344,3 +441,37 @@ def test_more_elements_than_an_int_counts_agree_with_the_scan_in_pieces():
             expected, state = run(u[:, part], delta[:, part], B=B[:, part], C=C[:, part], initial_state=state)
             assert (y[:, ..., part, :].float() - expected.float()).abs().max() < 0.05
     assert error(last.flatten(), state.flatten()) < 1e-4
+
+
+@gpu
+@pytest.mark.bigindex
+def test_gradients_of_more_elements_than_an_int_counts_agree_with_the_scan_in_pieces():
+    """Pieces are joined by their states, and by the gradients of these. 45 GB."""
+    l, d, pieces = 2**24, 136, 4  # 2.3e9 elements
+    new = partial(torch.empty, 1, l, device="cuda", dtype=torch.bfloat16)
+    u, delta, grad_y = (new(d).uniform_(-1, 1) for _ in range(3))
+    B, C = (new(1).uniform_(-1, 1) for _ in range(2))
+    A = torch.full((d, 1), -1.0, device="cuda")
+    run = partial(selective_scan, A=A, delta_softplus=True, backend="triton")
+    big = [x.requires_grad_() for x in (u, delta, B, C)]
+    y, _ = run(u, delta, B=B, C=C)
+    grads = torch.autograd.grad(y[:, 0], big, grad_y)
+    del y
+    parts = [slice(i * l // pieces, (i + 1) * l // pieces) for i in range(pieces)]
+    with torch.no_grad():
+        states: list[Tensor | None] = [None]
+        for part in parts[:-1]:
+            states.append(run(u[:, part], delta[:, part], B=B[:, part], C=C[:, part], initial_state=states[-1])[1])
+    grad_last = None
+    for part, state in reversed(list(zip(parts, states))):
+        leaves = [x.detach()[:, part].requires_grad_() for x in big]
+        begin = torch.zeros(1, 1, d, 1, device="cuda") if state is None else state
+        begin.requires_grad_()
+        y, last = run(leaves[0], leaves[1], B=leaves[2], C=leaves[3], initial_state=begin)
+        outputs, given = ([y[:, 0]], [grad_y[:, part]]) if grad_last is None else (
+            [y[:, 0], last], [grad_y[:, part], grad_last])  # fmt: skip
+        *expected, grad_last = torch.autograd.grad(outputs, [*leaves, begin], given)
+        for x, grad in zip(expected, grads):
+            largest = x.float().abs().max()
+            assert (x.float() - grad[:, part].float()).abs().max() < 0.02 * largest
+        del y, last, outputs, expected
