@@ -14,9 +14,10 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from vssm.checkpoints import load_weights
-from vssm.tasks.base import Task, settings
+from vssm.tasks.base import settings
 from vssm.tasks.distillation import Distillation, Mesa, predictions
 from vssm.tasks.optimizer import Optimizer, Schedule
+from vssm.tasks.scored import ScoredTask
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Mixup:
     mode: Literal["batch", "pair", "elem"] = "batch"
 
 
-class Classification(Task):
+class Classification(ScoredTask):
     """Train, validate, test and predict with one classifier; images (B, C, H, W) in, logits (B, num_classes) out.
 
     Args:
@@ -108,8 +109,7 @@ class Classification(Task):
                     f"as groupmamba_* and deit_*_distilled are, got a {type(self.model).__name__}"
                 )
             self.model.set_distilled_training(True)
-        self.val_metrics, self.test_metrics = _metrics(num_classes, "val/"), _metrics(num_classes, "test/")
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.score_with(_metrics(num_classes))
 
     # ---- training ----
 
@@ -150,31 +150,13 @@ class Classification(Task):
 
     # ---- evaluation ----
 
-    def validation_step(self, batch: dict[str, Tensor] | None, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, self.val_loss)
-
-    def test_step(self, batch: dict[str, Tensor] | None, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, self.test_loss)
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val", self.val_metrics, self.val_loss)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_metrics("test", self.test_metrics, self.test_loss)
-
-    def _evaluate(self, batch: dict[str, Tensor] | None, metrics: MetricCollection, loss: MeanMetric) -> None:
+    def evaluate(self, batch: dict[str, Tensor] | None, metrics: MetricCollection, loss: MeanMetric) -> None:
+        """Count the logits of a batch."""
         if batch is None:  # none of its images could be read
             return
         logits = self(batch["image"]).float()
         loss.update(F.cross_entropy(logits, batch["label"]), weight=len(logits))
         metrics.update(logits, batch["label"])
-
-    def _log_metrics(self, split: str, metrics: MetricCollection, loss: MeanMetric) -> None:
-        values = metrics.compute()  # over all processes
-        self.confusion = values.pop(f"{split}/confusion")
-        self.log_dict({**values, f"{split}/loss": loss.compute()}, prog_bar=True, sync_dist=True)
-        metrics.reset()
-        loss.reset()
 
     # ---- prediction ----
 
@@ -213,11 +195,11 @@ def _build(model: str | nn.Module, num_classes: int, pretrained: bool, kwargs: d
         raise ValueError(f"Classification: model_kwargs do not fit {model}: {error}") from error
 
 
-def _metrics(num_classes: int, prefix: str) -> MetricCollection:
+def _metrics(num_classes: int) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {
         "acc1": MulticlassAccuracy(num_classes, average="micro"),
         "confusion": MulticlassConfusionMatrix(num_classes),
     }
     if num_classes > 5:
         metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
-    return MetricCollection(metrics, prefix=prefix)
+    return metrics

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
 
 from vssm.checkpoints import load_weights
 from vssm.checkpoints.files import written_whole
 from vssm.data.scenes import IGNORED
 from vssm.registries.zoo import create_model, find
-from vssm.tasks.base import Task
 from vssm.tasks.optimizer import Optimizer, Schedule
+from vssm.tasks.scored import ScoredTask
 
 
-class SemanticSegmentation(Task):
+class SemanticSegmentation(ScoredTask):
     """Train, validate, test and predict with one segmenter of images (B, 3, H, W) to logits (B, classes, H, W).
 
     Scores are taken at the size of the annotation, over all its labelled pixels: ``miou``, the mean over the classes
@@ -89,8 +89,7 @@ class SemanticSegmentation(Task):
         if compile:
             self.model.compile()
         self.auxiliary_weight, self.window, self.overlap = auxiliary_weight, window, overlap
-        self.val_metrics, self.test_metrics = _metrics(num_classes, "val/"), _metrics(num_classes, "test/")
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.score_with(_metrics(num_classes))
 
     # ---- training ----
 
@@ -115,30 +114,12 @@ class SemanticSegmentation(Task):
             found = sliding_window_inference(image[None], self.window, 1, self, overlap=self.overlap)
         return F.interpolate(found.float(), size=size, mode="bilinear")[0]
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, self.val_loss)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, self.test_loss)
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val", self.val_metrics, self.val_loss)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_metrics("test", self.test_metrics, self.test_loss)
-
-    def _evaluate(self, batch: dict[str, Any], metrics: MetricCollection, loss: MeanMetric) -> None:
+    def evaluate(self, batch: dict[str, Any], metrics: MetricCollection, loss: MeanMetric) -> None:
+        """Count the images of a batch, one by one."""
         for image, label in zip(batch["image"], batch["label"], strict=True):
             logits = self.logits(image, tuple(label.shape))[None]
             loss.update(_cross_entropy(logits, label[None]))
             metrics.update(logits, label[None])
-
-    def _log_metrics(self, split: str, metrics: MetricCollection, loss: MeanMetric) -> None:
-        values = metrics.compute()  # over all processes
-        self.confusion = values.pop(f"{split}/confusion")
-        self.log_dict({**values, f"{split}/loss": loss.compute()}, prog_bar=True, sync_dist=True)
-        metrics.reset()
-        loss.reset()
 
     # ---- prediction ----
 
@@ -208,13 +189,10 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return total / (target != IGNORED).sum().clamp(min=1)
 
 
-def _metrics(num_classes: int, prefix: str) -> MetricCollection:
+def _metrics(num_classes: int) -> dict[str, Metric]:
     options = {"num_classes": num_classes, "ignore_index": IGNORED}
-    return MetricCollection(
-        {
-            "miou": MulticlassJaccardIndex(**options),
-            "acc": MulticlassAccuracy(average="micro", **options),
-            "confusion": MulticlassConfusionMatrix(**options),
-        },
-        prefix=prefix,
-    )
+    return {
+        "miou": MulticlassJaccardIndex(**options),
+        "acc": MulticlassAccuracy(average="micro", **options),
+        "confusion": MulticlassConfusionMatrix(**options),
+    }
