@@ -160,3 +160,24 @@ def test_one_process_measures_at_a_time(tmp_path, monkeypatch):
     thread.join()
     assert order == ["first", "second"]
     assert os.sched_getaffinity(0) == set(cores)
+
+
+def test_kernels_are_compared_by_device_time(monkeypatch):
+    """Every row has the same columns; a sequence has no other order."""
+    from types import SimpleNamespace
+
+    from vssm.cli._timing import Timing
+
+    def times(case, order, dtype):
+        slow = {"raster": 1.0, "hilbert": 1.05, "random": 1.2}[order]
+        return Timing(9.0, 0.5 * slow), Timing(9.0, 2.0 * slow), 7.0
+
+    monkeypatch.setattr(benchmark, "scan_times", times)
+    options = SimpleNamespace(orders=benchmark.ORDERS)
+    sequence, grid = benchmark.kernels(["vim_t_224", "vmamba_s1"], torch.bfloat16, options)
+    assert sequence.keys() == grid.keys()
+    assert sequence["both ratio"] == 0.829 / 2
+    assert sequence["forward hilbert x"] == ""
+    assert [round(grid[f"{what} {order} x"], 2) for what in ("forward", "both") for order in benchmark.ORDERS] == [
+        1.05, 1.2, 1.05, 1.2
+    ]  # fmt: skip

@@ -9,33 +9,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-SHORT_MS = 0.1  # below this, a call is timed as a replay of a CUDA graph: its launches would be measured instead
-
 
 class Timing(NamedTuple):
-    """Milliseconds a call: as a user launches it (median, 10th and 90th percentile), and replayed from a CUDA graph."""
+    """Milliseconds a call, medians: as a user launches it, and replayed from a CUDA graph."""
 
-    eager: float
-    low: float
-    high: float
+    called: float
     device: float
-
-    @property
-    def ms(self) -> float:
-        """What is compared with published figures: launches included, except where there would be little else."""
-        return self.device if self.device < SHORT_MS else self.eager
 
 
 def timed(call: Callable[[Any], object], inputs: Sequence[Any], *, seconds: float = 0.4) -> Timing:
     """Time ``call`` over ``inputs`` in turn, so that one call does not find its inputs in the cache."""
     for x in inputs:  # compiles, and warms the allocator
         call(x)
-    eager = _measure(lambda: [call(x) for x in inputs], len(inputs), seconds)
+    called = _measure(lambda: [call(x) for x in inputs], len(inputs), seconds)
     graph = captured(lambda: [call(x) for x in inputs])
     replayed = _measure(graph.replay, len(inputs), seconds)
-    return Timing(
-        statistics.median(eager), eager[len(eager) // 10], eager[-1 - len(eager) // 10], statistics.median(replayed)
-    )
+    return Timing(statistics.median(called), statistics.median(replayed))
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -52,7 +41,7 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def _measure(call: Callable[[], object], count: int, seconds: float) -> list[float]:
-    """Sorted milliseconds of one of ``count`` calls."""
+    """Milliseconds of one of ``count`` calls."""
     call()
     torch.cuda.synchronize()
     times: list[float] = []
@@ -64,7 +53,7 @@ def _measure(call: Callable[[], object], count: int, seconds: float) -> list[flo
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / count)
-    return sorted(times)
+    return times
 
 
 def peak_megabytes(call: Callable[[], object]) -> float:
