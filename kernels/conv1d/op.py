@@ -16,7 +16,7 @@ from vssm.kernels.backends import choose, implementation, traced
 from vssm.kernels.checks import match
 from vssm.kernels.conv1d import reference
 from vssm.kernels.conv1d.problem import Problem
-from vssm.kernels.operands import Facts, check_cells, check_kinds, dense, index_or_steps
+from vssm.kernels.operands import Facts, check_cells, check_kinds, dense, fleeting, index_or_steps
 
 OPERANDS = ("x", "weight", "bias", "initial_state")  # what has a gradient, in this order
 
@@ -141,11 +141,17 @@ def _forward(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
     return implementation("conv1d", backend).forward(_checked(p))
 
 
-def _backward(p: Problem, grad_y: Tensor, grad_last: Tensor, backend: str) -> tuple[Tensor | None, ...]:
-    """Gradients of OPERANDS, each contiguous and in its operand's shape and dtype; None where there is no operand."""
+def _backward(p: Problem, grad_y: Tensor | None, grad_last: Tensor | None, backend: str) -> tuple[Tensor | None, ...]:
+    """Gradients of OPERANDS, each contiguous and in its operand's shape and dtype; None where there is no operand.
+
+    A gradient that comes as None is zero.
+    """
     if p.x.numel() == 0:
         return tuple(None if (x := getattr(p, name)) is None else _like(x).zero_() for name in OPERANDS)
-    return implementation("conv1d", backend).backward(p, dense(grad_y), dense(grad_last))
+    grad_y = p.x.new_zeros(p.y_shape) if grad_y is None else dense(grad_y)
+    if grad_last is None and backend != "triton":
+        grad_last = p.x.new_zeros(p.state_shape)
+    return implementation("conv1d", backend).backward(p, grad_y, dense(grad_last))
 
 
 def _like(x: Tensor) -> Tensor:
@@ -158,11 +164,12 @@ class _CausalConv1d(torch.autograd.Function):
         *problem, backend = args
         ctx.save_for_backward(*problem[:6])
         ctx.flags, ctx.backend = problem[6:], backend
+        ctx.set_materialize_grads(False)  # nobody asks for the last inputs' gradient in training
         return _forward(Problem(*problem), backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         p = Problem(*ctx.saved_tensors, *ctx.flags)
         x, weight, bias, initial_state = _backward(p, grad_y, grad_last, ctx.backend)
         return x, weight, bias, None, None, initial_state, None, None, None
@@ -182,7 +189,8 @@ def _real(args: tuple[Any, ...]) -> Problem:
 
 @torch.library.custom_op("vssm::causal_conv1d", mutates_args=(), schema=f"({_PROBLEM}) -> (Tensor, Tensor)")
 def _op(*args: Any) -> tuple[Tensor, Tensor]:
-    return _forward(_real(args), args[-1])
+    with fleeting():
+        return _forward(_real(args), args[-1])
 
 
 @_op.register_fake
@@ -198,7 +206,9 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     schema=f"(Tensor grad_y, Tensor grad_last, {_PROBLEM}) -> Tensor[]",
 )
 def _backward_op(grad_y: Tensor, grad_last: Tensor, *args: Any) -> list[Tensor]:
-    return [g for g in _backward(_real(args), grad_y, grad_last, args[-1]) if g is not None]
+    with fleeting():
+        grads = _backward(_real(args), grad_y, grad_last, args[-1])
+    return [g for g in grads if g is not None]
 
 
 @_backward_op.register_fake
