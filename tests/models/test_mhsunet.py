@@ -12,6 +12,7 @@ from segmenters import Segmenter
 from tolerance import TOLERANCE, error
 from torch.nn import functional as F
 
+from vssm.checkpoints import load_weights
 from vssm.cli import verify
 from vssm.models.keys import published_shapes, shapes_of, to_ours, to_published
 from vssm.models.mhsunet import KEYS, MHSUNet, MultiHeadMixer, published
@@ -132,6 +133,22 @@ def test_second_names_and_counters_of_published_files_are_left_out():
     }  # fmt: skip
     assert set(to_ours(state, KEYS, shapes_of(model))) == set(model.state_dict())
     assert published_shapes(shapes_of(model), KEYS)[f"{mhs}scanhead_C.mambaeng.A_logs"] == (4 * 5, 16)
+
+
+def test_published_files_load(tmp_path):
+    """A bare state dict with second names and counters; other classes and channels if asked."""
+    row = variants()["test_mhsunet"]
+    source, model = row.build(), row.build()
+    state = to_published(source.state_dict(), KEYS)
+    mhs = "vmunet.layers_up.1.blocks.0.self_attention.mhs."
+    state |= {f"{mhs}x_ssproj_W": state[f"{mhs}x_ssproj.weight"], "total_ops": torch.zeros(1)}
+    torch.save(state, tmp_path / "best_3h.pth")
+    load_weights(model, tmp_path / "best_3h.pth")
+    expected = source.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    other = row.build(in_channels=1, out_channels=4)
+    load_weights(other, tmp_path / "best_3h.pth", adapt=["classifier", "in_chans"])
+    assert torch.equal(other.decoder[0][0].norm1.bias, expected["decoder.0.0.norm1.bias"])
 
 
 def test_the_published_options_are_ours():

@@ -2,7 +2,7 @@
 
 VM-UNet with another mixer: the channels are divided among heads, each head reads the map along routes of its own, and
 where its routes disagree its channels count for more.
-Published code: github.com/PixDeep/MHS-VM (Apache-2.0); no weights. Same function; other key names, see KEYS.
+Published code and weights: github.com/PixDeep/MHS-VM (Apache-2.0, both). Same function; other key names, see KEYS.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vssm.layers.parts import chosen
 from vssm.layers.ssm import SelectiveSSM
 from vssm.models.keys import Rule, drop, rename
 from vssm.models.patchunet import PatchUNet, keys, run, translate
-from vssm.models.variant import NotCovered, Published, Variant
+from vssm.models.variant import NotCovered, Published, Variant, Weights
 from vssm.scans import scan_shape, scan_table
 
 REPOSITORY = "PixDeep/MHS-VM"
@@ -130,15 +130,37 @@ KEYS: list[Rule] = keys([
 ])  # fmt: skip
 
 
-def _variant(name: str, description: str, **kwargs: Any) -> Variant:
-    return Variant(name, MHSUNet, kwargs, KEYS, task="segmentation", description=description)
+COMMIT = "be64b6fa4970a7f57c2e9677645219ffae6c1da5"
+
+
+def _weights(heads: int, tag: str, notes: str) -> dict[str, Weights]:
+    file = f"best_{heads}h.pth"
+    return {
+        tag: Weights(
+            "apache-2.0", f"https://github.com/{REPOSITORY}", "arXiv:2406.05992",
+            url=f"https://github.com/{REPOSITORY}/raw/{COMMIT}/pretrained/{file}", hf_hub_filename=f"mhsunet_{file}",
+            num_classes=1, input_size=(3, 256, 256), crop_pct=1.0, interpolation="bilinear", mean=(0.0, 0.0, 0.0),
+            std=(1 / 255, 1 / 255, 1 / 255), notes=f"{notes}; each image is stretched to 0 to 255",
+        )
+    }  # fmt: skip
+
+
+def _variant(name: str, description: str, weights: Mapping[str, Weights] | None = None, **kwargs: Any) -> Variant:
+    return Variant(
+        name, MHSUNet, kwargs, KEYS, weights or {}, first_conv="stem.conv1", classifier="head", task="segmentation",
+        description=description,
+    )  # fmt: skip
 
 
 VARIANTS = [
-    _variant("mhsunet", "four heads, as the published figures were computed", threshold=0.4),
+    _variant("mhsunet", "four heads, as the published figures were computed",
+             _weights(4, "isic18", "trained on ISIC2018; mIoU 80.85 and DSC 89.41 there, as published"),
+             threshold=0.4),
     _variant("mhsunet_isic18", "four heads, as trained on ISIC18", threshold=0.5),
     _variant("mhsunet_isic17", "four heads, as trained on ISIC17", threshold=0.0),
-    _variant("mhsunet_3h", "three heads", heads="cxs", threshold=0.0),
+    _variant("mhsunet_3h", "three heads",
+             _weights(3, "isic", "of which data is not said; the published test takes threshold=0.4"),
+             heads="cxs", threshold=0.0),
     _variant("mhsunet_nomamba", "not published: convolutions for mixers", mixer="conv"),
     _variant("test_mhsunet", "for tests", depths=(1, 1, 1, 1), decoder_depths=(1, 1, 1, 1), dim=16, heads="cxs",
              threshold=0.0),
