@@ -7,12 +7,13 @@ two forward passes and the one that it runs again. The convolution counts as PyT
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from importlib import import_module
 from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from vssm.kernels import conv1d, scan2d, selective_scan  # noqa: F401  (they define the ops)
 
@@ -21,6 +22,20 @@ SCAN2D = 16  # two decays, two inputs and their mean, one read-out
 BACKWARD = 3
 
 Shape = Sequence[int]
+
+
+def _counter() -> Any:
+    """PyTorch's counter, whose import complains where Triton is missing: these formulas need none."""
+    log = logging.getLogger("torch.utils.flop_counter")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return import_module("torch.utils.flop_counter")
+    finally:
+        log.setLevel(level)
+
+
+register_flop_formula = _counter().register_flop_formula
 
 
 @register_flop_formula(torch.ops.vssm.selective_scan)

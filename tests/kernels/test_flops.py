@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from tree import run_python
 
 from vssm.kernels import causal_conv1d, scan2d, selective_scan
 from vssm.scans import scan_table
@@ -79,3 +80,18 @@ def test_counting_changes_no_number():
     with FlopCounterMode(display=False):
         counted = selective_scan(u, u.abs(), A, gates, gates, table=table)[0]
     assert torch.equal(plain, counted)
+
+
+def test_nothing_is_said_of_a_missing_triton():
+    """PyTorch's counter does, to every user of a build without it, when it is imported."""
+    code = """
+import logging, sys
+class Said(logging.Handler):
+    def emit(self, record):
+        print(record.getMessage())
+logging.getLogger("torch.utils.flop_counter").addHandler(Said())
+sys.modules["triton"] = None
+import vssm.kernels
+print("imported")
+"""
+    assert run_python(code) == "imported\n"
