@@ -16,6 +16,12 @@ from vssm.scans.window import window
 DIRECTION = re.compile(r"(?:h|v|w([1-9][0-9]*))(_flip)?")
 
 
+def _count(grid: Grid, directions: str) -> int:
+    if not (count := len(directions.split())):
+        raise ValueError("scan 'local': directions must name one direction or more, such as 'h w7_flip', got none")
+    return count
+
+
 def _longest(grid: Grid, directions: str) -> int:
     """Steps of the longest of these directions."""
     longest: Any = math.prod(grid)  # a number or a symbol
@@ -28,7 +34,7 @@ def _longest(grid: Grid, directions: str) -> int:
     spatial_dims=2,
     permutation=False,
     visits_once=True,
-    rows=lambda grid, directions: len(directions.split()),
+    rows=_count,
     steps=_longest,
 )
 def local(grid: Grid, directions: str = "h h_flip w2 w2_flip") -> np.ndarray:
@@ -43,6 +49,7 @@ def local(grid: Grid, directions: str = "h h_flip w2 w2_flip") -> np.ndarray:
     >>> local((1, 3), directions="h w2_flip").tolist()              # 3 is padding
     [[0, 1, 2, 3, 3, 3, 3, 3], [3, 3, 3, 2, 3, 3, 1, 0]]
     """
+    _count(grid, directions)
     rows = []
     for name, (side, flipped) in zip(directions.split(), map(_parsed, directions.split()), strict=True):
         if side:

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: a seed, threads, the device that a kernel backend runs on, a zoo of toys."""
+"""Fixtures of the whole suite: a seed, threads, where a kernel backend runs, a zoo of toys, scan orders."""
 
 from __future__ import annotations
 
@@ -48,3 +48,14 @@ def toys() -> Iterator[None]:
         if not timm.is_model("toy_tiny"):
             register(VARIANTS)
         yield
+
+
+@pytest.fixture
+def unregister() -> Iterator[None]:
+    """Scan orders that a test registers are forgotten after it."""
+    from vssm.scans import registry
+
+    before = dict(registry._SCANS)
+    yield
+    registry._SCANS.clear()
+    registry._SCANS.update(before)

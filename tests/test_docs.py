@@ -12,8 +12,6 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 import pytest
 from tree import ROOT, sources
 
-from vssm.scans import registry
-
 OPTIONAL = {  # parts that an extra brings
     "vssm.data": "lightning", "vssm.tasks": "lightning", "vssm.cli": "lightning", "vssm.data.volume": "monai",
     "vssm.tasks.segmentation": "monai", "vssm.tasks.sliding": "monai", "vssm.tasks.case_report": "monai",
@@ -42,16 +40,7 @@ def modules() -> list[str]:
     return [name for name in names if name != "vssm.__main__" and "triton" not in name and not name.startswith(missing)]
 
 
-@pytest.fixture
-def forget_orders():
-    """Scan orders that an example registers are forgotten after it."""
-    before = dict(registry._SCANS)
-    yield
-    registry._SCANS.clear()
-    registry._SCANS.update(before)
-
-
-@pytest.mark.usefixtures("forget_orders")
+@pytest.mark.usefixtures("unregister")
 @pytest.mark.parametrize("example", [e for page in PAGES for e in examples(page)], ids=lambda example: example[0])
 def test_readme_example(example, tmp_path, monkeypatch):
     """Each block runs by itself in an empty folder and prints what the comments beside its prints say."""

@@ -144,8 +144,9 @@ def test_errors_of_folders_are_named(folder, tmp_path):
     data.setup("fit")
     with pytest.raises(ValueError, match="must fill a batch of 25"):
         data.train_dataloader()
-    with pytest.raises(ValueError, match="batch_size and repeats"):
-        Loader(repeats=0)
+    for name, value in (("batch_size", 0), ("eval_batch_size", 0), ("workers", -1), ("repeats", 0)):
+        with pytest.raises(ValueError, match=f"Loader: {name} must be . or more, got {value}"):
+            Loader(**{name: value})
 
 
 def test_prediction_takes_folders_and_files(folder):

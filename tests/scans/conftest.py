@@ -2,16 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vssm.scans import registry, tables
-
-
-@pytest.fixture
-def unregister():
-    """Orders registered in a test are forgotten after it."""
-    before = dict(registry._SCANS)
-    yield
-    registry._SCANS.clear()
-    registry._SCANS.update(before)
+from vssm.scans import tables
 
 
 @pytest.fixture

@@ -229,6 +229,8 @@ def test_local():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="a direction is h, v or w and a number, perhaps with _flip, got 'w0'"):
         scan_array("local", (2, 2), directions="h w0")
+    with pytest.raises(ValueError, match="directions must name one direction or more"):
+        scan_array("local", (2, 2), directions=" ")
 
 
 def test_windows():

@@ -183,4 +183,14 @@ def _try_conv1d(backend: str, device: Any, dtype: Any) -> None:
     y.sum().backward()
 
 
-_OPS = {"selective_scan": _try_selective_scan, "conv1d": _try_conv1d}
+def _try_scan2d(backend: str, device: Any, dtype: Any) -> None:
+    import torch
+
+    from vssm.kernels import scan2d
+
+    u = torch.ones(1, 2, 2, 8, device=device, dtype=dtype, requires_grad=True)
+    gates, A = torch.ones(1, 2, 2, 2, device=device, dtype=dtype), -torch.ones(8, 2, device=device)
+    scan2d(u, u, u, A, A, gates, gates, gates, backend=backend).sum().backward()
+
+
+_OPS = {"selective_scan": _try_selective_scan, "conv1d": _try_conv1d, "scan2d": _try_scan2d}

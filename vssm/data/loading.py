@@ -34,10 +34,10 @@ class Loader:
     max_corrupt: int = 10
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.repeats < 1:
-            raise ValueError(
-                f"Loader: batch_size and repeats must be 1 or more, got {self.batch_size} and {self.repeats}"
-            )
+        smallest = {"batch_size": 1, "eval_batch_size": 1, "workers": 0, "repeats": 1, "max_corrupt": 0}
+        for name, least in smallest.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"Loader: {name} must be {least} or more, got {value}")
 
 
 class OrderedData(LightningDataModule):
