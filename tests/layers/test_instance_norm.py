@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
 import pytest
 import torch
 from tolerance import TOLERANCE, error
 from torch.nn import functional as F
 
 from vssm.layers.instance_norm import InstanceNorm
+from vssm.layers.layout import to_map, to_tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def interpreter_works() -> bool:
+    try:
+        return tuple(int(number) for number in version("triton").split(".")[:2]) >= (3, 7)
+    except PackageNotFoundError:
+        return False
 
 
 def plain(x, residual, slope):
@@ -67,5 +84,89 @@ def test_half_precision_has_float32_statistics(dtype):
 def test_refuses_what_has_no_variance_or_cannot_be_undone():
     with pytest.raises(ValueError, match=r"a channel of one cell has no variance; got a map \(2, 3, 1, 1\)"):
         InstanceNorm()(torch.randn(2, 3, 1, 1))
-    with pytest.raises(ValueError, match="slope must be positive, so that the activation can be undone, got 0"):
-        InstanceNorm(0)
+    with pytest.raises(ValueError, match="slope must not be negative, so that signs stay, got -1"):
+        InstanceNorm(-1)
+
+
+INTERPRETED = """
+import os, sys
+sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests"), os.path.join(os.getcwd(), "tests", "layers")]
+import torch
+from test_instance_norm import agree
+from vssm.kernels.instance_norm import triton as kernels
+
+def call(x, residual, normed, slope, grad):
+    y, *stats = kernels.forward(x, residual, normed, slope, 1e-5)
+    return y, *kernels.backward(grad, y if slope else x, residual, *stats, slope)
+
+torch.manual_seed(0)
+agree(call, (2, 37, 4), torch.float32, "normed", 0.01)
+agree(call, (1, 300, 12), torch.float32, "added", 0.01)
+agree(call, (1, 5, 5), torch.float32, "added", 1.0)
+agree(call, (1, 200, 96), torch.bfloat16, "none", 0.0)
+agree(call, (2, 400, 48), torch.bfloat16, "normed", 0.01)
+"""
+
+
+def agree(call, size, dtype, mode, slope, device="cpu"):
+    """``call`` on tokens (b, n, c), whose gradient and residual lie in wider ones, against float64."""
+    b, n, c = size
+    make = lambda: torch.randn(b, n, 2 * c, device=device).to(dtype)[..., c:]
+    x, residual, grad = make() / 2 + 3, None if mode == "none" else make(), make()
+    inputs = [x] if residual is None else [x, residual]
+    wide = [value.double().requires_grad_() for value in inputs]
+    maps = [value.mT for value in wide]
+    if mode == "normed":
+        maps[1] = F.instance_norm(maps[1], eps=1e-5)
+    expected = plain(*maps, *[None] * (2 - len(maps)), slope).mT
+    grad = grad * (expected.abs() > 1e-3 * max(slope, 1e-9))        # a rounding decides on which side of 0 others lie
+    grads = torch.autograd.grad(expected, wide, grad.double())
+    found = call(x, residual, mode == "normed", slope, grad)
+    assert found[0].dtype == found[1].dtype == dtype
+    # A half precision y is rounded, and the normalised input recovered from it, to 2^-9 of what may be 4 deviations.
+    bound = 4 * TOLERANCE[torch.float32] if dtype == torch.float32 else 3 * TOLERANCE[dtype]
+    for actual, value in zip(found, [expected, *grads]):
+        assert error(actual, value) < bound
+
+
+@pytest.mark.skipif(not interpreter_works(), reason="needs Triton 3.7: the interpreter before fails with NumPy 2.5")
+def test_kernels_agree_with_the_formula_in_tritons_interpreter():
+    """Without a GPU; in a process of its own, since Triton decides at its import."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", INTERPRETED]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def on_gpu(x, residual, normed, slope, grad):
+    """The layer on maps of a grid of three sides."""
+
+    def to_grid(x):
+        return to_map(x, (1, 1, x.shape[1])) if x.shape[1] % 6 else to_map(x, (2, 3, x.shape[1] // 6))
+
+    inputs = [to_grid(value).detach().requires_grad_() for value in (x, residual) if value is not None]
+    y = InstanceNorm(slope)(*inputs, *[None] * (2 - len(inputs)), normed)
+    return [to_tokens(value) for value in (y, *torch.autograd.grad(y, inputs, to_grid(grad)))]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("slope", [1.0, 0.01, 0.0])
+@pytest.mark.parametrize("mode", ["none", "added", "normed"])
+@pytest.mark.parametrize("size", [(2, 1170, 48), (1, 9240, 12), (3, 97, 4), (2, 60, 5), (2, 4096, 96), (1, 64, 384)])
+def test_kernels_agree_with_the_formula(dtype, slope, mode, size):
+    agree(on_gpu, size, dtype, mode, slope, "cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_kernels_repeat_bit_for_bit_and_take_any_layout():
+    x, residual, grad = torch.randn(3, 2, 50000, 48, device="cuda", dtype=torch.bfloat16).unbind()
+    first, second = (on_gpu(x, residual, True, 0.01, grad) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    wide = on_gpu(x.float(), residual.float(), True, 0.01, grad.float())[0]
+    maps = [to_map(value.float(), (50, 1000)).contiguous() for value in (x, residual)]      # channels first
+    assert error(to_tokens(InstanceNorm(0.01)(*maps, normed=True)), wide) < TOLERANCE[torch.float32]
+    none = torch.randn(0, 48, 5, 4, device="cuda", requires_grad=True)
+    assert InstanceNorm()(none).shape == none.shape

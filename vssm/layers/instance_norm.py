@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vssm.kernels.backends import forced_backend, implementation, traced, why_not
 from vssm.layers.layout import to_map, to_tokens
 
 
@@ -16,36 +17,77 @@ class InstanceNorm(nn.Module):
         y = leaky_relu((x - mean(x)) / sqrt(var(x) + eps) + residual)
 
     Mean and variance are those of each channel of each sample. The normalised input, which the gradient needs, is
-    recovered from y (In-Place Activated BatchNorm, arXiv:1712.02616), so that neither it nor x is kept.
+    recovered from y (In-Place Activated BatchNorm, arXiv:1712.02616), so that neither it nor x is kept; with a ReLU,
+    which does not tell it, x is kept on a GPU.
 
     Args:
-        slope: Of the leaky ReLU below 0; 1 for none.
+        slope: Of the leaky ReLU below 0; 1 for none, 0 for a ReLU.
         eps: Added to the variance.
     """
 
     def __init__(self, slope: float = 1.0, eps: float = 1e-5):
         super().__init__()
-        if slope <= 0:
-            raise ValueError(f"InstanceNorm: slope must be positive, so that the activation can be undone, got {slope}")
-        self.slope, self.eps = slope, eps
+        if slope < 0:
+            raise ValueError(f"InstanceNorm: slope must not be negative, so that signs stay, got {slope}")
+        self.slope, self.eps = float(slope), float(eps)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, normed: bool = False) -> Tensor:
+        """``normed``: normalise the residual as well."""
         # A compiler fuses the formula, and foresees strides that may not come true; a tracer cannot save a Function.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.plain(x, residual)
+        if traced(x) or x.numel() == 0:
+            return self.plain(x, residual, normed)
         if x.shape[2:].numel() == 1:
             raise ValueError(f"InstanceNorm: a channel of one cell has no variance; got a map {tuple(x.shape)}")
+        if _has_kernels(x):
+            return _KernelNorm.apply(x, residual, normed, self.slope, self.eps)
+        if residual is not None and normed:
+            residual = _InstanceNorm.apply(residual, None, 1.0, self.eps)
+        if self.slope == 0:
+            y = _InstanceNorm.apply(x, residual, 1.0, self.eps)
+            return nn.functional.relu(y)
         return _InstanceNorm.apply(x, residual, self.slope, self.eps)
 
-    def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def plain(self, x: Tensor, residual: Tensor | None = None, normed: bool = False) -> Tensor:
         """The same, by the formula."""
+        y = self._normalised(x)
+        if residual is not None:
+            y = y + (self._normalised(residual) if normed else residual)
+        return nn.functional.leaky_relu(y, self.slope)
+
+    def _normalised(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         var, mean = torch.var_mean(wide, tuple(range(2, x.ndim)), correction=0, keepdim=True)
-        y = ((wide - mean) * torch.rsqrt(var + self.eps)).to(x.dtype)
-        return nn.functional.leaky_relu(y if residual is None else y + residual, self.slope)
+        return ((wide - mean) * torch.rsqrt(var + self.eps)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"slope={self.slope}, eps={self.eps}"
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the GPU kernels take ``x``: its channels lie last."""
+    if not x.is_cuda and x.device.type != "xpu":
+        return False
+    wanted = forced_backend() in (None, "triton")
+    return wanted and why_not("instance_norm", "triton", x.device, x.dtype) is None and _channels_last(x)
+
+
+class _KernelNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, normed: bool, slope: float, eps: float) -> Tensor:
+        kernels = implementation("instance_norm", "triton")
+        tokens = to_tokens(x)
+        others = None if residual is None else to_tokens(residual)
+        y, stats, stats_of_residual = kernels.forward(tokens, others, normed, slope, eps)
+        ctx.save_for_backward(y if slope else tokens, others, stats, stats_of_residual)
+        ctx.slope, ctx.grid = slope, x.shape[2:]
+        return to_map(y, ctx.grid)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kernels = implementation("instance_norm", "triton")
+        dx, dresidual = kernels.backward(to_tokens(grad), *ctx.saved_tensors, ctx.slope)
+        return to_map(dx, ctx.grid), None if dresidual is None else to_map(dresidual, ctx.grid), None, None, None
 
 
 class _InstanceNorm(torch.autograd.Function):

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vssm.kernels.backends import traced
 from vssm.layers.again import MadeAgain
-from vssm.layers.conv import CONVS, TRANSPOSED
+from vssm.layers.conv import CONVS, TRANSPOSED, same_conv
 from vssm.layers.instance_norm import InstanceNorm
 
 SLOPE = 0.01
@@ -26,23 +25,24 @@ class ResidualBlock(nn.Module):
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int):
         super().__init__()
         conv = CONVS[spatial_dims]
-        self.conv1 = conv(in_channels, out_channels, 3, padding=1, bias=False)
-        self.conv2 = conv(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv1 = same_conv(spatial_dims, in_channels, out_channels, 3, bias=False)
+        self.conv2 = same_conv(spatial_dims, out_channels, out_channels, 3, bias=False)
         self.conv3 = None if in_channels == out_channels else conv(in_channels, out_channels, 1, bias=False)
-        self.norm, self.norm_act = InstanceNorm(), InstanceNorm(SLOPE)
+        self.norm_act = InstanceNorm(SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = x if self.conv3 is None else self.norm(self.conv3(x))
-        return self.norm_act(self.conv2(self.norm_act(self.conv1(x))), residual)
+        y = self.conv2(self.norm_act(self.conv1(x)))
+        if self.conv3 is None:
+            return self.norm_act(y, x)
+        with MadeAgain() as again:
+            return self.norm_act(y, again.later(self.conv3(x), self.conv3, x), normed=True)
 
 
 class UpBlock(nn.Module):
     """Double the grid, put the skip beside it, a residual block. (B, C, *grid) and (B, C', *2 grid) to the latter.
 
-    The two side by side are not kept for the backward pass, which has both and joins them again.
+    Neither the doubled map nor the two side by side are kept for the backward pass, which makes them again.
     """
-
-    grad_checkpointing = False  # of this block by the model, which then makes everything again
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int):
         super().__init__()
@@ -50,9 +50,9 @@ class UpBlock(nn.Module):
         self.block = ResidualBlock(spatial_dims, 2 * out_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        maps = self.up(x), skip
-        if traced(x) or self.grad_checkpointing or not torch.is_grad_enabled():
-            return self.block(torch.cat(maps, 1))
-        joined, sources = torch.cat(maps, 1), [part.detach() for part in maps]
+        joined = self.join(x, skip)
         with MadeAgain() as again:
-            return self.block(again.later(joined, lambda: torch.cat(sources, 1)))
+            return self.block(again.later(joined, self.join, x, skip))
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat([self.up(x), skip], 1)

@@ -13,8 +13,8 @@ uncertainty is estimated; the MLP is no part of the trunk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,12 +24,12 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
-from vssm.kernels.backends import traced
-from vssm.layers.again import MadeAgain
-from vssm.layers.conv import CONVS, ConvMixer
+from vssm.layers.again import MadeAgain, Make
+from vssm.layers.conv import CONVS, ConvMixer, same_conv
 from vssm.layers.instance_norm import InstanceNorm
-from vssm.layers.layout import over_tokens, to_map, to_tokens
+from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.norm import TokenNorm
 from vssm.layers.ssm import decay, ssm_parameters
 from vssm.layers.unetr import ResidualBlock, UpBlock
 from vssm.models.keys import Rule, rename, reshape
@@ -48,58 +48,52 @@ class SpatialGate(nn.Module):
     def __init__(self, dim: int, spatial_dims: int):
         super().__init__()
         conv = CONVS[spatial_dims]
-        self.conv1, self.conv2 = conv(dim, dim, 3, padding=1), conv(dim, dim, 3, padding=1)
+        self.conv1, self.conv2 = same_conv(spatial_dims, dim, dim, 3), same_conv(spatial_dims, dim, dim, 3)
         self.side, self.fuse = conv(dim, dim, 1), conv(dim, dim, 1)
-        self.norm, self.act = InstanceNorm(), nn.ReLU()
+        self.norm_act = InstanceNorm(slope=0)
 
     def forward(self, x: Tensor) -> Tensor:
         near = self.unit(self.conv2, self.unit(self.conv1, x))
         return self.unit(self.fuse, near + self.unit(self.side, x)) + x
 
     def unit(self, conv: nn.Module, x: Tensor) -> Tensor:
-        return self.act(self.norm(conv(x)))
+        return self.norm_act(conv(x))
 
 
 class VolumeMixer(ScanMixer):
-    """A mixer whose backward pass makes two large tensors again: the convolved input of each direction and its steps.
+    """A mixer whose projections have widths that GPUs' matrix units read at full speed: filled up with zeros.
 
-    Both have as many numbers as all that it keeps otherwise, and cost little beside the scan.
+    Its backward pass makes two large tensors again, the convolved input of each direction and its steps. Both have as
+    many numbers as all that it keeps otherwise, and cost little beside the scan.
     """
 
-    grad_checkpointing = False  # of the block around it, which then makes everything again
-
     def mix(self, x: Tensor, z: Tensor | None, grid: Sequence[int]) -> Tensor:
-        if traced(x) or self.shared:
+        if self.shared:
             return super().mix(x, z, grid)
-        table, source, device = self.table(grid, x.device), x.detach(), x.device.type
-        half, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-        def convolved() -> Tensor:
-            with torch.autocast(device, dtype, enabled=half):
-                return self.sequence_conv(source, table, self.revisits)
-
-        def steps() -> Tensor:
-            with torch.autocast(device, dtype, enabled=half):
-                return self.project(convolved())[0]
-
-        u, again = self.sequence_conv(x, table, self.revisits), MadeAgain()
-        with nullcontext() if self.grad_checkpointing or not torch.is_grad_enabled() else again:
-            delta, B, C = self.project(again.later(u, convolved))
+        table = self.table(grid, x.device)
+        convolve: Make = partial(self.sequence_conv, table=table, revisits=self.revisits)  # type: ignore[misc]
+        u = convolve(x)
+        with MadeAgain() as again:
+            B, C, dt = self.project(again.later(u, convolve, x))
             A_log, D, dt_bias = self.ssm.coefficients()
             y, _ = selective_scan(
-                u, again.later(delta, steps), decay(A_log), B, C, D, z, dt_bias,
+                u, again.later(self.steps(dt), self.steps, dt), decay(A_log), B, C, D, z, dt_bias,
                 delta_softplus=True, table=table, merge="sum", revisits=self.revisits,
             )  # fmt: skip
         return y
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The projections of the SSM, filled up with zeros to widths that matrix units of GPUs read at full speed."""
+        """B, C and the factors of the steps, views of one tensor, (b, k, l, ·)."""
         rank, states, _ = self.ssm.splits
         dt, gates = self.ssm.x_proj.split((rank, 2 * states), 1)
         fill = -(rank + 2 * states) % 8
         low = u @ torch.cat([gates, nn.functional.pad(dt, (0, 0, 0, fill))], 1).mT
-        B, C, steps = low.split((states, states, rank + fill), -1)
-        return steps @ nn.functional.pad(self.ssm.dt_weight, (0, fill)).mT, B, C
+        B, C, dt = low.split((states, states, rank + fill), -1)
+        return B, C, dt
+
+    def steps(self, dt: Tensor) -> Tensor:
+        """Raw step sizes (b, k, l, d) from their factors."""
+        return dt @ nn.functional.pad(self.ssm.dt_weight, (0, dt.shape[-1] - self.ssm.splits[0])).mT
 
 
 class MambaBlock(nn.Module):
@@ -107,7 +101,7 @@ class MambaBlock(nn.Module):
 
     def __init__(self, dim: int, mixer: nn.Module):
         super().__init__()
-        self.norm, self.mixer = nn.LayerNorm(dim), mixer
+        self.norm, self.mixer = TokenNorm(dim, eps=1e-5), mixer
 
     def forward(self, x: Tensor) -> Tensor:
         grid = x.shape[2:]
@@ -130,7 +124,9 @@ class Stage(nn.Module):
         return x, checkpoint(self.branch, x) if self.grad_checkpointing else self.branch(x)
 
     def branch(self, x: Tensor) -> Tensor:
-        return over_tokens(self.mlp, self.norm(x))
+        h, mlp = self.mlp.fc1(to_tokens(self.norm(x))), self.mlp
+        with MadeAgain() as again:
+            return to_map(mlp.fc2(again.later(mlp.act(h), mlp.act, h)), x.shape[2:])
 
 
 def channels_last(x: Tensor) -> Tensor:
