@@ -27,6 +27,7 @@ class Backbone:
     isotropic = False
     op = "selective_scan"                                       # what FX must see as a leaf
     decayed = frozenset({"A_log", "dt_bias"})                   # parameters of the SSM that the published recipe decays
+    projections = frozenset({"x_proj", "dt_weight"})            # which it decays, too
     head_ratio = 1                                              # channels before the classifier over those of the map
     undecayed: tuple[str, ...] = ()                             # what else is not decayed, beside norms and biases
     refused_orders: tuple[str, ...] = ()                        # orders whose rows the mixers cannot choose from
@@ -144,7 +145,7 @@ class Backbone:
         none, some = param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
         names = {id(p): n for n, p in model.named_parameters()}
         leaves = {n.rpartition(".")[2] for p in some["params"] if ".ssm." in (n := names[id(p)])}
-        assert leaves == {"x_proj", "dt_weight", *self.decayed}
+        assert leaves == self.projections | self.decayed
         outside = {n for p in none["params"] if ".ssm." not in (n := names[id(p)]) and not n.endswith(".bias")}
         norms = {f"{n}.weight" for n, m in model.named_modules() if "Norm" in type(m).__name__}
         assert {n for n in outside - norms if not n.endswith(self.undecayed)} == set()

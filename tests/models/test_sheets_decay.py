@@ -16,6 +16,10 @@ def vmamba(name, shape):
     return len(shape) > 1 and not name.endswith(".bias")
 
 
+def vim(name, shape):
+    return vmamba(name, shape) and name not in ("pos_embed", "cls_token")
+
+
 def plainmamba(name, shape):
     return len(shape) > 1 and not re.search(r"\.bias$|\.pos_embed|\.A_log|\.D|\.direction_Bs", name)
 
@@ -33,7 +37,7 @@ def mambayolo(name, shape):
 RULES = {
     "test_efficientvmamba": vmamba, "test_msvmamba": vmamba, "test_msvmambav3": vmamba, "test_groupmamba": vmamba,
     "test_spatialmamba": vmamba, "test_vssd": vmamba, "test_plainmamba": plainmamba, "test_mamba2d": mamba2d,
-    "test_mamba_yolo": mambayolo,
+    "test_mamba_yolo": mambayolo, "test_vmamba": vmamba, "test_vmamba_m2": vmamba, "test_vim": vim,
 }  # fmt: skip
 
 

@@ -38,6 +38,13 @@ class TestBackbone(Backbone):
         assert [list(y.shape[1:]) for y in maps] == [[16, *self.cells(8)], [64, *self.cells(32)]]
 
 
+class TestMamba2(Backbone):
+    """The same, with one step size and decay a head."""
+
+    name = "test_vmamba_m2"
+    decayed, projections = frozenset({"A_log", "dt_bias", "D"}), frozenset({"x_proj"})
+
+
 def orders(mode, h, w):
     """(4, L) cells, from the sheet's table of scan orders."""
     cells = torch.arange(h * w).view(h, w)
@@ -132,6 +139,55 @@ def test_every_forward_type_is_the_mixer_of_the_sheet(case):
     assert error(y, plain_ss2d(p, x, mode, gate, out_norm, out_act, "silu")) < TOLERANCE[torch.float64]
 
 
+def plain_heads(p, x):
+    """Section 5's m0: x (B, H, W, C), p the published entries of one ``op``; states (B, heads, width, N) in full."""
+    b, h, w, _ = x.shape
+    x = x @ p["in_proj.weight"].T
+    x = F.conv2d(x.permute(0, 3, 1, 2), p["conv2d.1.weight"], p["conv2d.1.bias"], padding=1, groups=x.shape[-1])
+    x = F.gelu(x.permute(0, 2, 3, 1)).flatten(1, 2)
+    directions, R, P = p["Ds"].shape
+    N = (p["x_proj_weight"].shape[1] - R) // 2
+    y = torch.zeros_like(x)
+    for k, order in zip(range(directions), orders("cross2d", h, w), strict=True):
+        dt, B, C = (x[:, order] @ p["x_proj_weight"][k].T).split([R, N, N], -1)
+        dt = F.softplus(dt + p["dt_projs_bias"][k])
+        heads, state, out = x[:, order].unflatten(-1, (R, P)), 0.0, []
+        for t in range(h * w):
+            keep = torch.exp(-p["A_logs"][k].exp() * dt[:, t])
+            state = keep[..., None, None] * state + (dt[:, t, :, None] * heads[:, t])[..., None] * B[:, t, None, None]
+            out.append((state * C[:, t, None, None]).sum(-1) + p["Ds"][k] * heads[:, t])
+        y[:, order] += torch.stack(out, 1).flatten(2)
+    y = F.layer_norm(y, y.shape[-1:], p["out_norm.weight"], p["out_norm.bias"])
+    return (y @ p["out_proj.weight"].T).view(b, h, w, -1)
+
+
+def test_the_mixer_of_mamba_2_is_that_of_the_sheet():
+    m0 = {"forward_type": "m0_noz", "dims": 32, "norm_layer": "ln", "ssm_init": "v2", "ssm_act_layer": "gelu"}
+    built = published(VSSM, {**NARROW, **m0})
+    model = built.model.double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    prefix = "layers.1.blocks.0.op."
+    entries = to_published(model.state_dict(), built.keys)
+    p = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+    assert p["Ds"].shape == (4, 4, 32)
+    x = torch.randn(2, 3, 5, 64, dtype=torch.double)
+    y = model.stages[1].blocks[0].mixer(x.flatten(1, 2), (3, 5)).view(2, 3, 5, 64)
+    assert error(y, plain_heads(p, x)) < TOLERANCE[torch.float64]
+
+
+def test_heads_start_as_published():
+    ssm = VMamba(depths=(1, 1), dim=64, mixer="heads", init="uniform").stages[0].blocks[0].mixer.ssm
+    assert (ssm.A_log == 0).all()
+    assert (ssm.D == 1).all()
+    assert 0 <= ssm.dt_bias.min() < ssm.dt_bias.max() <= 0.1
+    assert 0.9 / 8 < ssm.x_proj.abs().max() <= 1 / 8
+    with pytest.raises(ValueError, match="VMamba: init must be one of 'uniform', 'normal', got 'mamba'"):
+        VMamba(depths=(1, 1), dim=64, mixer="heads")
+    with pytest.raises(ValueError, match="heads must divide the channels of the scan, got 3 for 64 channels"):
+        VMamba(depths=(1, 1), dim=64, mixer="heads", init="uniform", dt_rank=3)
+
+
 @pytest.mark.parametrize(
     "options", [{"ssm_conv": 1}, {"ssm_conv_bias": False}, {"ssm_act_layer": "gelu"}, {"ssm_ratio": 1.5}]
 )
@@ -221,7 +277,7 @@ def test_keys_of_other_releases_are_understood():
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.weights], ids=lambda v: v.name)
 def test_keys_lead_there_and_back(variant):
-    ours = variant.build().state_dict()
+    ours = variant.build(**{} if variant.name.startswith("test_") else {"depths": (1, 1, 1, 1)}).state_dict()
     loaded = to_ours(to_published(ours, variant.keys), variant.keys, {k: tuple(v.shape) for k, v in ours.items()})
     assert all(torch.equal(loaded[key], ours[key]) for key in ours)
 
@@ -241,6 +297,17 @@ def test_the_backbone_norms_each_map_it_returns():
     assert model.no_weight_decay() == {f"stages.{i}.blocks.0.mixer.ssm.D" for i in (0, 1)}
 
 
+def test_the_backbone_reads_files_that_hold_more_than_it_needs():
+    """The published one keeps stages that nothing reads, and a table of positions that it does not add."""
+    whole = published(BACKBONE, {**NARROW, "depths": [1, 1, 1], "out_indices": (0, 1, 2)})
+    state = {**to_published(whole.model.state_dict(), whole.keys), "pos_embed": torch.ones(1, 8, 8, 8)}
+    part = published(BACKBONE, {**NARROW, "depths": [1, 1, 1], "out_indices": (0, 1), "posembed": True})
+    part.model.load_state_dict(to_ours({k: v for k, v in state.items() if k[:8] != "outnorm2"}, part.keys,
+                                       shapes_of(part.model)))  # fmt: skip
+    x = torch.randn(1, 3, 32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(part.model(x), whole.model(x)[:2], strict=True))
+
+
 def test_starts_with_the_published_distributions():
     model = VMamba(depths=(1, 1), dim=64)
     linear = model.stages[1].blocks[0].mlp.fc1
@@ -252,7 +319,8 @@ def test_starts_with_the_published_distributions():
 @pytest.mark.parametrize(
     ("kwargs", "reason"),
     [
-        ({"forward_type": "m0_noz"}, "core 'm0': Mamba-2"),
+        ({"forward_type": "m0", "norm_layer": "ln", "ssm_init": "v2"}, "fails in the published code but with '_noz'"),
+        ({"forward_type": "m0_noz", "ssm_init": "v2"}, "'m0_noz' fails in the published code"),
         ({"forward_type": "v05_noz_onnone"}, "core 'v05_noz'"),
         ({"forward_type": "xv1a"}, "core 'xv1a'"),
         ({"ssm_drop_rate": 0.1}, "ssm_drop_rate=0.1"),

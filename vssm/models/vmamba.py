@@ -5,7 +5,7 @@ Published code and weights: github.com/MzeroMiko/VMamba (MIT). Same function; ot
 
 Three generations were released: ``vanilla_*`` (gated mixer, no MLP), ``*_s2l*`` and ``*_s1l*`` (no gate, one state,
 MLP; s is the expansion, l the depth of the third stage). The short names are the last one: ``vmamba_tiny`` is
-``vmamba_tiny_s1l8``.
+``vmamba_tiny_s1l8``. ``*_m2``, with the recurrence of Mamba-2, came without weights.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from timm.layers import GluMlp, Mlp, get_act_layer
+import torch
+from timm.layers import GluMlp, get_act_layer
 from torch import Tensor, nn
 
+from vssm.kernels import selective_scan
 from vssm.layers.block import MixerBlock
 from vssm.layers.downsample import ConvDownsample, PatchMerging
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.mlp import LeanMlp
 from vssm.layers.norm import NORMS
 from vssm.layers.parts import chosen
 from vssm.layers.position import resize_map
-from vssm.layers.ssm import ssm_parameters
+from vssm.layers.ssm import decay, ssm_parameters
 from vssm.layers.stem import ConvStem, PatchStem
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, adapted, make_stages, widths
-from vssm.models.keys import Rule, also, rename, reshape
+from vssm.models.keys import Rule, also, drop, rename, reshape
 from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
 from vssm.models.variant import NotCovered, Published, Variant, Weights
 from vssm.scans import scan_table
@@ -58,15 +61,68 @@ class CascadeMixer(ScanMixer):
         return self.ssm(x, table, rows=rows, write="steps")
 
 
+class HeadSSM(nn.Module):
+    """Projections to dt, B and C, and the scan of Mamba-2 (arXiv:2405.21060, section 6) along a table, rows summed.
+
+    All channels of a head decay alike and have one step size. (b, l, d) in and out.
+
+    Args:
+        dim: Channels d of the scan.
+        rows: Rows of the table; one set of parameters, ``rows=1``, serves a table of any number of rows.
+        d_state: States of each channel.
+        heads: Equal groups of channels.
+        init: ``"uniform"`` or ``"normal"``.
+    """
+
+    def __init__(self, dim: int, rows: int, d_state: int, heads: int, init: str):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"HeadSSM: heads must divide the channels of the scan, got {heads} for {dim} channels")
+        start = chosen("VMamba", "init", init, {"uniform": torch.rand, "normal": torch.randn})
+        self.rows, self.width, self.splits = rows, dim // heads, (heads, d_state, d_state)
+        self.x_proj = nn.Parameter(torch.empty(rows, sum(self.splits), dim).uniform_(-(dim**-0.5), dim**-0.5))
+        self.dt_bias = nn.Parameter(0.1 * start(rows, heads))
+        self.A_log = nn.Parameter(torch.zeros(rows, heads) if init == "uniform" else start(rows, heads))
+        self.D = nn.Parameter(torch.ones(rows, heads, self.width))
+
+    def forward(self, u: Tensor, table: Tensor, revisits: bool) -> Tensor:
+        low = nn.functional.linear(u, self.x_proj.flatten(0, 1)).unflatten(-1, (self.rows, -1)).transpose(1, 2)
+        dt, B, C = low.split(self.splits, -1)
+        delta, bias, A = (t.repeat_interleave(self.width, -1) for t in (dt, self.dt_bias, decay(self.A_log)))
+        A, D = A[..., None].repeat(1, 1, self.splits[1]), self.D.flatten(1)
+        if self.rows == 1:
+            delta, B, C, A, D, bias = delta[:, 0], B[:, 0], C[:, 0], A[0], D[0], bias[0]
+        y, _ = selective_scan(
+            u, delta, A, B, C, D, None, bias, delta_softplus=True, table=table, merge="sum", revisits=revisits
+        )
+        return y
+
+
+class HeadMixer(ScanMixer):
+    """A mixer with the scan of Mamba-2: as many heads as the rank of its step sizes would be."""
+
+    fuses_gate = False
+
+    def __init__(self, dim: int, *, d_state: int = 64, init: str = "uniform", **options: Any):
+        super().__init__(dim, d_state=d_state, init=init, **options)
+        heads, _, _ = self.ssm.splits
+        self.ssm = HeadSSM(self.out_proj.in_features, self.rows, d_state, heads, init)
+
+    def mix(self, x: Tensor, z: Tensor | None, grid: Sequence[int]) -> Tensor:
+        u = self.act(x if self.conv is None else over_map(self.conv, x, grid))
+        y = self.ssm(u, self.table(grid, x.device), self.revisits)
+        return self.out_act(y if self.out_norm is None else over_map(self.out_norm, y, grid))
+
+
 STEMS = {"patch": PatchStem, "conv": ConvStem}
 DOWNSAMPLES = {
     "merge": PatchMerging,
     "conv2": partial(ConvDownsample, size=2),
     "conv3": partial(ConvDownsample, size=3),
 }
-MIXERS = {"scan": ScanMixer, "cascade": CascadeMixer}
+MIXERS = {"scan": ScanMixer, "cascade": CascadeMixer, "heads": HeadMixer}
 MLPS = {
-    "mlp": lambda dim, ratio, act: Mlp(dim, int(dim * ratio), act_layer=act),
+    "mlp": lambda dim, ratio, act: LeanMlp(dim, int(dim * ratio), act_layer=act),
     "glu": lambda dim, ratio, act: GluMlp(dim, 2 * int(dim * ratio), act_layer=act),
 }
 
@@ -80,7 +136,8 @@ class VMamba(Hierarchical):
         dim: Channels of the first stage, which double with every stage; or of all of them.
         d_state, expand, dt_rank, scan, scan_options, gate, conv_size, conv_bias, act, out_norm, out_act, init: Of the
             mixers, see ``ScanMixer``; ``conv_size=0`` for no convolution.
-        mixer: ``"scan"`` or ``"cascade"`` (rows first, then columns; reads no ``scan``).
+        mixer: ``"scan"``, ``"cascade"`` (rows first, then columns; reads no ``scan``), or ``"heads"`` (Mamba-2's scan,
+            ``dt_rank`` its heads, ``init`` ``"uniform"`` or ``"normal"``).
         mlp_ratio: Hidden channels of the MLP over those of the block; 0 for no MLP.
         mlp: ``"mlp"``, or ``"glu"`` with a gated hidden layer.
         mlp_act: Activation of the MLP, by timm's name.
@@ -190,7 +247,7 @@ WIDER_NAMES = [  # of other releases of the same weights
 ]
 
 
-def keys(downsample: str, stages: int = 4, out_norm: str | None = "layer") -> list[Rule]:
+def keys(downsample: str, stages: int = 4, out_norm: str | None = "layer", mixer: str = "scan") -> list[Rule]:
     """Key rules for models with these parts."""
     merging = [
         also(rename(r"^(layers\.\d+\.downsample)\.1\.", r"\1.norm.")),
@@ -208,7 +265,7 @@ def keys(downsample: str, stages: int = 4, out_norm: str | None = "layer") -> li
         *WIDER_NAMES,
         *(merging if downsample == "merge" else convolving),
         *out_norms.get(out_norm, []),
-        *SSM_SHAPES,
+        *([rename(r"\.op\.conv2d\.1\.", r".op.conv2d.")] if mixer == "heads" else SSM_SHAPES),
         rename(r"^pos_embed$", r"stem.pos_embed"),
         *frame(stages),
         rename(r"^(stages\.\d+\.blocks\.\d+)\.norm\.", r"\1.norm1."),
@@ -225,8 +282,9 @@ def _weights(path: str, top1: float, **more: Any) -> dict[str, Weights]:
 
 
 def _variant(name: str, path: str | None, top1: float | None, description: str = "", **kwargs: Any) -> Variant:
+    rules = keys(kwargs.get("downsample", "conv3"), mixer=kwargs.get("mixer", "scan"))
     return Variant(
-        name, VMamba, kwargs, keys(kwargs.get("downsample", "conv3")), _weights(path, top1) if path else {},
+        name, VMamba, kwargs, rules, _weights(path, top1) if path else {},
         first_conv="stem.conv1", classifier="head.fc", pool_size=(7, 7), description=description,
     )  # fmt: skip
 
@@ -234,6 +292,8 @@ def _variant(name: str, path: str | None, top1: float | None, description: str =
 VANILLA: dict[str, Any] = dict(
     d_state=16, expand=2.0, gate="act", conv_bias=True, mlp_ratio=0.0, stem="patch", downsample="merge"
 )
+
+MAMBA2: dict[str, Any] = dict(mixer="heads", d_state=64, act="gelu", init="uniform")
 
 VARIANTS = [
     _variant("vanilla_vmamba_tiny", "%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", 82.2,
@@ -254,9 +314,16 @@ VARIANTS = [
              depths=(2, 2, 20, 2), dim=96, drop_path_rate=0.3),
     _variant("vmamba_base_s1l20", "%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", 83.8,
              depths=(2, 2, 20, 2), dim=128, drop_path_rate=0.5),
+    _variant("vmamba_tiny_m2", None, None, "the scan of Mamba-2; no weights were published",
+             depths=(2, 2, 4, 2), dim=96, drop_path_rate=0.2, **MAMBA2),
+    _variant("vmamba_small_m2", None, None, "the scan of Mamba-2; no weights were published",
+             depths=(2, 2, 12, 2), dim=96, drop_path_rate=0.3, **MAMBA2),
+    _variant("vmamba_base_m2", None, None, "the scan of Mamba-2; no weights were published",
+             depths=(2, 2, 12, 2), dim=128, drop_path_rate=0.3, **MAMBA2),
     _variant("vmamba_nano", None, None, "not published: small images, demos",
              depths=(1, 1, 2, 1), dim=24),
     _variant("test_vmamba", None, None, "for tests", depths=(1, 1, 1, 1), dim=8),
+    _variant("test_vmamba_m2", None, None, "for tests", depths=(1, 1, 1, 1), dim=16, **{**MAMBA2, "d_state": 4}),
 ]  # fmt: skip
 VARIANTS += [  # the short names
     replace(variant, name=variant.name.rpartition("_")[0], description=f"the same as {variant.name}")
@@ -271,6 +338,7 @@ CORES = {
     "v052d": {"scan": "bidi"},
     "v052d3": {"scan": "rot90"},
     "v052dc": {"mixer": "cascade"},
+    "m0": {"scan": "cross", "mixer": "heads"},
 }
 OUT_NORM_TAGS = {
     "_onnone": None, "_ondwconv3": "conv", "_oncnorm": "layer_conv", "_onsoftmax": "softmax", "_onsigmoid": "sigmoid",
@@ -292,7 +360,7 @@ def parse_forward_type(text: str) -> dict[str, Any]:
     on = next((tag for tag in OUT_NORM_TAGS if core.endswith(tag)), "")
     core = core.removesuffix(on)
     if core not in CORES:
-        why = "Mamba-2 is another op" if core == "m0" else "no such scan in the published code, or one that fails there"
+        why = "no such scan in the published code, or one that fails there"
         raise NotCovered(f"forward_type {text!r}, core {core!r}: {why}")
     return {
         **CORES[core],
@@ -345,6 +413,8 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     ours |= parse_forward_type(given.pop("forward_type"))
     if given:
         raise NotCovered(f"arguments {', '.join(sorted(given))}")
+    if ours.get("mixer") == "heads" and (ours["gate"] != "none" or kwargs.get("norm_layer", "ln") != "ln"):
+        raise NotCovered(f"{kwargs['forward_type']!r} fails in the published code but with '_noz' and norm_layer='ln'")
     return ours
 
 
@@ -356,8 +426,13 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     given = dict(kwargs)
     out_indices = given.pop("out_indices", (0, 1, 2, 3))
     ours = translate(given)
+    if name == "Backbone_VSSM":
+        ours["position_size"] = None  # As published: the backbone holds a table of positions and does not add it.
     model = VMamba(**ours)
-    own_keys = keys(ours["downsample"], len(model.stages), ours["out_norm"])
+    own_keys = keys(ours["downsample"], len(model.stages), ours["out_norm"], ours.get("mixer", "scan"))
     if name == "VSSM":
         return Published(model, own_keys, run_classifier)
-    return Published(StageMaps(model, out_indices, norm=type(model.norm)), own_keys, run_backbone)
+    maps = StageMaps(model, out_indices, norm=type(model.norm))
+    unread = [rf"^layers\.{i}\." for i in range(len(maps.stages), len(model.stages))]
+    unread += [rf"^layers\.{len(maps.stages) - 1}\.downsample\.", r"^pos_embed$"]
+    return Published(maps, [*map(drop, unread), *own_keys], run_backbone)
