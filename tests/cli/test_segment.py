@@ -110,15 +110,21 @@ def test_what_cannot_be_predicted_is_refused(run, tmp_path, capsys):
         assert predict([*map(str, arguments), "--output", str(tmp_path / "out"), "--quiet"]) == 2
         return capsys.readouterr().err
 
-    image = blob(0)[0]
+    image, unfinished = blob(0)[0], tmp_path / "unfinished"
+    (unfinished / "checkpoints").mkdir(parents=True)
+    (unfinished / "checkpoints" / "last.ckpt").write_bytes(b"")
     save(tmp_path / "good.nii.gz", image)
     save(tmp_path / "two" / "good.nii.gz", np.stack([image, image], -1))
     (tmp_path / "broken.nii.gz").write_bytes((tmp_path / "good.nii.gz").read_bytes()[:-2000])
     (tmp_path / "text.nii").write_text("no volume")
+    save(tmp_path / "holes.nii.gz", np.where(image > 150, np.nan, image).astype(np.float32))
     assert "must be a run folder with checkpoints/best.ckpt" in said(tmp_path / "nothing", tmp_path / "good.nii.gz")
     assert "volumes must have 1 channels for this network, got 2" in said(run, tmp_path / "two")
     assert "good twice" in said(run, tmp_path / "good.nii.gz", tmp_path / "good.nii.gz")
     assert "broken.nii.gz cannot be read" in said(run, tmp_path / "broken.nii.gz")
+    assert "holes.nii.gz holds NaN or infinity" in said(run, tmp_path / "holes.nii.gz")
+    assert said(run, tmp_path / "two" / "nowhere").startswith(f"vssm predict: {tmp_path / 'two' / 'nowhere'} must be")
+    assert "last.ckpt is there: name it to use it" in said(unfinished, tmp_path / "good.nii.gz")
     assert "text.nii cannot be read" in said(run, tmp_path / "text.nii")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     assert "must be a checkpoint of vssm.tasks.segmentation" in said(tmp_path / "other.ckpt", tmp_path / "good.nii.gz")

@@ -213,6 +213,29 @@ def test_what_does_not_fit_is_refused_by_name_before_training(tmp_path, spoil, s
         data.setup("fit")
 
 
+def test_a_training_image_without_a_label_is_refused(tmp_path):
+    root = nnunet_folder(tmp_path)
+    (root / "labelsTr" / "case2.nii.gz").unlink()
+    with pytest.raises(ValueError, match=r"must have a label in .*labelsTr, 1 have none: case2; remove them or move"):
+        NNUNetRaw(str(root)).find()
+
+
+def test_colours_of_an_image_stand_in_one_file(tmp_path):
+    """As in nnU-Net: dataset.json lists three channels, and NAME_0000.png holds them."""
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / folder).mkdir()
+    for number in range(3):
+        Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(tmp_path / "imagesTr" / f"x{number}_0000.png")
+        Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / "labelsTr" / f"x{number}.png")
+    (tmp_path / "dataset.json").write_text(json.dumps({
+        "channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {"background": 0, "lung": 1}, "file_ending": ".png",
+    }))
+    data = NNUNetRaw(str(tmp_path), split=Split(val=0.3), preparation=Preparation((8, 8, 1)))
+    data.setup("fit")
+    assert data.in_channels == 3
+    assert data.data["train"][0]["image"].shape == (3, 8, 8)
+
+
 def test_cases_with_fewer_channels_are_refused(tmp_path):
     cases = []
     for number, channels in enumerate((2, 2, 1)):
@@ -399,6 +422,24 @@ def test_the_cache_changes_no_patch(tmp_path, cache):
     for a, b in zip(taken(cache), taken("none")):
         assert torch.equal(a["image"], b["image"])
         assert torch.equal(a["label"], b["label"])
+
+
+@pytest.mark.parametrize(("cache", "times"), [("memory", 1), ("disk", 1), ("none", 3)])
+def test_a_cached_volume_is_prepared_once(tmp_path, monkeypatch, cache, times):
+    root, prepared = nnunet_folder(tmp_path / "raw"), []
+    original = Preparation.__call__
+
+    def counted(self, *arguments):
+        prepared.append(arguments[0].tobytes()[:64])
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Preparation, "__call__", counted)
+    data = NNUNetRaw(str(root), loader=LOADER, preparation=SMALL,
+                     sampling=Sampling(cache=cache, cache_dir=str(tmp_path / "cache"), patches_per_volume=4))
+    data.setup("fit")
+    for index in (0, 1, 2):  # of one volume
+        data.data["train"][(0, index, 0)]
+    assert max(prepared.count(one) for one in prepared) == times
 
 
 def test_a_changed_file_is_not_taken_from_the_disk_cache(tmp_path):

@@ -263,6 +263,9 @@ def test_data_that_do_not_fit_the_task_are_refused(data, tmp_path):
         Trainer(**QUIET).validate(Segmentation(nn.Conv3d(1, 2, 1), 2), data)
     with pytest.raises(ValueError, match="in_channels must be the number of channels in the data, 1, got 2"):
         Trainer(**QUIET).validate(Segmentation(nn.Conv3d(2, 3, 1), 3, in_channels=2), data)
+    odd = NNUNetRaw(str(data.root), loader=LOADER, preparation=Preparation(patch=(20, 16, 1)))
+    with pytest.raises(ValueError, match=r"patch \(20, 16, 1\) does not fit the model: SegMamba: .* pad it to"):
+        Trainer(**QUIET).validate(Segmentation("test_segmamba", 3, 1), odd)
     trainer = Trainer(**QUIET, max_epochs=1, limit_val_batches=0, default_root_dir=tmp_path)
     task = Segmentation(nn.Conv3d(1, 3, 1), 3)
     trainer.fit(task, data)

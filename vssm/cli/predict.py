@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if channels != task.in_channels:
             raise ValueError(f"volumes must have {task.in_channels} channels for this network, got {channels}")
     except (OSError, ValueError) as error:
-        print(f"vssm predict: {error}", file=sys.stderr)
+        print(f"vssm predict: {str(error).removeprefix('vssm predict: ')}", file=sys.stderr)
         return 2
     try:
         rows = list(_predict(task, cases, options))

@@ -67,9 +67,22 @@ def read_header(file: str | Path) -> tuple[tuple[int, ...], int, np.ndarray]:
 
 
 def read_volume(files: Sequence[str | Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the channels of a case, (C, X, Y, Z) float32, and their affine (4, 4)."""
-    channels = [array for file in files for array in _read(file)]
+    """Return the channels of a case, (C, X, Y, Z) float32, and their affine (4, 4).
+
+    Raises:
+        ValueError: If a file cannot be read, or holds NaN or infinity, which would spread over the volume.
+    """
+    channels = []
+    for file in files:
+        read = _read(file)
+        if not all(_finite(channel) for channel in read):
+            raise ValueError(f"{file} holds NaN or infinity")
+        channels += read
     return np.stack(channels).astype(np.float32, copy=False), read_header(files[0])[2]
+
+
+def _finite(channel: np.ndarray) -> bool:
+    return bool(np.issubdtype(channel.dtype, np.integer) or all(np.isfinite(part).all() for part in channel))
 
 
 def read_label(file: str | Path) -> np.ndarray:
@@ -202,7 +215,7 @@ def _problem(case: Case, values: Sequence[int], read: bool) -> str | int:
     if read:
         for file in case.images:
             try:
-                finite = all(np.isfinite(channel).all() for channel in _read(file))
+                finite = all(_finite(channel) for channel in _read(file))
             except UNREADABLE as error:
                 return f"{file} cannot be read ({type(error).__name__}: {error})"
             if not finite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -183,6 +184,13 @@ class NNUNetRaw(DescribedFolder):
             raise ValueError(f"NNUNetRaw: {folder} must hold labels named *{ending}, found none")
         names = [label.name[: -len(ending)] for label in labels]
         images = self.root / f"images{which}"
+        there = {re.sub(r"_\d{4}$", "", file.name[: -len(ending)]) for file in images.glob(f"[!.]*{ending}")}
+        lone = sorted(there - set(names))
+        if lone and which == "Tr":
+            raise ValueError(
+                f"NNUNetRaw: each case of {images} must have a label in {folder}, {len(lone)} have none: "
+                f"{', '.join(lone[:5])}; remove them or move them to imagesTs"
+            )
         if ending in IMAGE_SUFFIXES and not (images / f"{names[0]}_0001{ending}").exists():
             channels = 1  # nnU-Net reads all colours from one file
         return [

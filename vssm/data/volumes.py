@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from monai.transforms import Transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -181,8 +182,11 @@ def cut_out(volume: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """Reads and prepares a case for training; a class, not a closure, for workers that are spawned."""
+class Prepare(Transform):
+    """Reads and prepares a case for training; a class, not a closure, for workers that are spawned.
+
+    A ``Transform``, for MONAI's caches keep the result of nothing else.
+    """
 
     preparation: Preparation
     values: tuple[int, ...]

@@ -226,6 +226,16 @@ class Segmentation(Task):
                 f"{self.in_channels}; set model.init_args.in_channels={data.in_channels}"
             )
         self.preparation = data.preparation
+        sides = [size for size in data.preparation.patch if size > 1 or data.preparation.flat_axis is None]
+        frames = [self.frames] if self.frames > 1 else []
+        try:
+            if hasattr(self.model, "check"):
+                self.model.check(torch.empty(1, *frames, self.in_channels // self.frames, *sides, device="meta"))
+        except ValueError as error:
+            raise ValueError(
+                f"Segmentation: data.init_args.preparation.patch {tuple(data.preparation.patch)} does not fit the "
+                f"model: {error}"
+            ) from error
         self.label_values = data.label_values or self.label_values
 
     def forward(self, images: Tensor) -> Any:
