@@ -13,6 +13,7 @@ from small_runs import checkpoint, fit_process, image_folder, small_config, writ
 from tree import ROOT
 
 from vssm.cli.train import main
+from vssm.tasks.saving import AtomicCheckpointIO
 
 
 def read(file):
@@ -24,7 +25,7 @@ def run(tmp_path_factory):
     """A finished run: its folder and its configuration file."""
     root = tmp_path_factory.mktemp("run")
     config = small_config(image_folder(root / "data"))
-    config["test_after_fit"] = True
+    config["test_after_fit"] = "best"
     file = write_config(root / "small.yaml", config)
     assert main(["fit", "--config", file]) == 0
     return root / "runs" / "version_0", file
@@ -51,6 +52,21 @@ def test_the_last_line_is_the_test_accuracy_of_the_best_checkpoint(run, capfd):
     accuracy = yaml.safe_load((folder / "test_metrics.json").read_text())["test/acc1"]
     assert last == f"test accuracy {accuracy:.4f}"
     assert accuracy == pytest.approx(float(list(csv.DictReader((folder / "metrics.csv").open()))[-1]["val/acc1"]))
+
+
+def test_fit_tests_the_checkpoint_that_it_is_told(tmp_path, monkeypatch):
+    tested = []
+    load = AtomicCheckpointIO.load_checkpoint
+
+    def noted(self, path, *args, **kwargs):
+        tested.append(Path(path).name)
+        return load(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "load_checkpoint", noted)
+    file = write_config(tmp_path / "small.yaml", small_config(image_folder(tmp_path / "data")))
+    for name in ("best", "last"):
+        assert main(["fit", "--config", file, "--trainer.max_epochs=1", f"--test_after_fit={name}"]) == 0
+    assert tested == ["best.ckpt", "last.ckpt"]
 
 
 def test_a_saved_configuration_can_be_used_again(run, tmp_path, capsys):
@@ -146,7 +162,7 @@ def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
     for processes, batch in ((1, 4), (2, 2)):
         config["data"]["init_args"]["loader"]["batch_size"] = batch
         config["trainer"].update(devices=processes, strategy="ddp" if processes > 1 else "auto")
-        said = fit_process(tmp_path, str(processes), config, "--test_after_fit=true")
+        said = fit_process(tmp_path, str(processes), config, "--test_after_fit=last")
         ends[processes] = checkpoint(tmp_path / str(processes)), said
     one, two = ends[1][0]["state_dict"], ends[2][0]["state_dict"]
     for name in one:

@@ -47,7 +47,7 @@ def config(root, model=FCOS, **data):
 
 def test_fit_test_and_predict_leave_their_files(tmp_path, capsys):
     file = write_config(tmp_path / "small.yaml", config(tmp_path / "runs"))
-    assert main(["fit", "--config", file, "--test_after_fit=true"]) == 0
+    assert main(["fit", "--config", file, "--test_after_fit=best"]) == 0
     run = tmp_path / "runs" / "version_0"
     assert "test mAP 0." in capsys.readouterr().out
     with open(run / "metrics.csv", encoding="utf-8") as handle:

@@ -93,7 +93,10 @@ class TrainCLI(LightningCLI):
             help="Of float32 matrix products on GPUs (torch.set_float32_matmul_precision); high is TF32.",
         )
         parser.add_argument(
-            "--test_after_fit", type=bool, default=False, help="Test the best checkpoint at the end of fit."
+            "--test_after_fit",
+            type=Literal["best", "last"] | None,
+            default=None,
+            help="The checkpoint to test at the end of fit; null tests none.",
         )
 
     # ---- parsing ----
@@ -155,10 +158,10 @@ class TrainCLI(LightningCLI):
     # ---- after the commands ----
 
     def after_fit(self) -> None:
-        config = self.config[self.subcommand]
-        if config.test_after_fit and not self.trainer.fast_dev_run:
-            best = self.trainer.checkpoint_callback.best_model_path
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        name = self.config[self.subcommand].test_after_fit
+        if name and not self.trainer.fast_dev_run:
+            file = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints" / f"{name}.ckpt"
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(file), verbose=False)
             self.after_test()
 
     def after_test(self) -> None:
