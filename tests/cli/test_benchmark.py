@@ -79,9 +79,9 @@ def test_a_model_of_every_kind_infers_and_trains(name, size, monkeypatch):
     monkeypatch.setattr(_benchmark_models, "setting", lambda name: _benchmark_models.Setting(size, 1, 2))
     seen = []
 
-    def step(call, graphed, alone):
+    def step(call, count, mode, alone):
         with alone():
-            call()
+            call(count)
         seen.append(call)
         return 20.0 * len(seen), 0.5
 
@@ -97,7 +97,7 @@ def test_a_model_of_every_kind_infers_and_trains(name, size, monkeypatch):
 def test_what_fails_stands_in_its_row(monkeypatch):
     monkeypatch.setattr(_benchmark_models, "DEVICE", "cpu")
 
-    def step(call, graphed, alone):
+    def step(call, count, mode, alone):
         raise RuntimeError("no graph\nof this")
 
     monkeypatch.setattr(_benchmark_models, "_step", step)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,11 +102,11 @@ def check_names(names: Sequence[str]) -> None:
 
 
 class Work(NamedTuple):
-    """A model with what one step of inference and one of training do."""
+    """A model with what one step of inference and one of training do, on so many images."""
 
     model: nn.Module
-    infer: Callable[[nn.Module], object]
-    loss: Callable[[nn.Module], Tensor]
+    infer: Callable[[nn.Module, int], object]
+    loss: Callable[[nn.Module, int], Tensor]
 
 
 def work(name: str, sizes: Setting, device: str) -> Work:
@@ -129,7 +130,9 @@ def _classification(name: str, options: dict[str, Any], sizes: Setting, device: 
     model = timm.create_model(name, **options).to(device, memory_format=torch.channels_last)
     images = _images(sizes.inference, 3, sizes.size, device), _images(sizes.training, 3, sizes.size, device)
     labels = torch.randint(model.num_classes, (sizes.training,), device=device)
-    return Work(model, lambda run: run(images[0]), lambda run: F.cross_entropy(run(images[1]), labels))
+    return Work(
+        model, lambda run, n: run(images[0][:n]), lambda run, n: F.cross_entropy(run(images[1][:n]), labels[:n])
+    )
 
 
 def _segmentation(name: str, sizes: Setting, device: str) -> Work:
@@ -143,12 +146,12 @@ def _segmentation(name: str, sizes: Setting, device: str) -> Work:
     inference, training = (_images(n, channels, sizes.size, device) for n in (sizes.inference, sizes.training))
     labels = torch.randint(2, (sizes.training, *sizes.size), device=device)
 
-    def loss(run: nn.Module) -> Tensor:
-        outputs = run(training)
+    def loss(run: nn.Module, n: int) -> Tensor:
+        outputs = run(training[:n])
         outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-        return torch.stack([F.cross_entropy(y, labels) for y in outputs]).sum()
+        return torch.stack([F.cross_entropy(y, labels[:n]) for y in outputs]).sum()
 
-    return Work(model, lambda run: run(inference), loss)
+    return Work(model, lambda run, n: run(inference[:n]), loss)
 
 
 def _detection(name: str, sizes: Setting, device: str) -> Work:
@@ -171,7 +174,11 @@ def _detection(name: str, sizes: Setting, device: str) -> Work:
         "masks": torch.ones(8, height, width, dtype=torch.uint8, device=device),
     }
     targets = [target] * len(training)
-    return Work(model, lambda run: run(inference), lambda run: torch.stack([*run(training, targets).values()]).sum())
+
+    def loss(run: nn.Module, n: int) -> Tensor:
+        return torch.stack([*run(training[:n], targets[:n]).values()]).sum()
+
+    return Work(model, lambda run, n: run(inference[:n]), loss)
 
 
 def _images(count: int, channels: int, size: tuple[int, ...], device: str) -> Tensor:
@@ -213,24 +220,24 @@ def measure(
         }
         run: Any = torch.compile(each.model, fullgraph=True) if mode == "compiled" else each.model
 
-        def infer(run: nn.Module = run) -> None:
+        def infer(count: int, run: nn.Module = run) -> None:
             with torch.inference_mode(), torch.autocast(DEVICE, dtype):
-                each.infer(run)
+                each.infer(run, count)
 
-        def train(run: nn.Module = run) -> None:
+        def train(count: int, run: nn.Module = run) -> None:
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(DEVICE, dtype):
-                loss = each.loss(run)
+                loss = each.loss(run, count)
             loss.backward()
             optimizer.step()
 
         start = time.perf_counter()
         try:
             each.model.eval()
-            ms, gigabytes = _step(infer, mode == "graphed", alone)
+            ms, gigabytes = _step(infer, sizes.inference, mode, alone)
             row |= {"inference img/s": sizes.inference / ms * 1e3, "inference GB": gigabytes}
             each.model.train()
-            ms, gigabytes = _step(train, mode == "graphed", alone)
+            ms, gigabytes = _step(train, sizes.training, mode, alone)
             row |= {"training img/s": sizes.training / ms * 1e3, "training GB": gigabytes}
         except Exception as error:  # reported in its row; the other modes and models go on
             row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
@@ -239,21 +246,22 @@ def measure(
         yield row | {"seconds": round(time.perf_counter() - start)}
 
 
-def _step(step: Callable[[], None], graphed: bool, alone: Callable[[], Any]) -> tuple[float, float]:
+def _step(step: Callable[[int], None], count: int, mode: str, alone: Callable[[], Any]) -> tuple[float, float]:
     """Median milliseconds of a step, launches included, as a user sees it, or replayed; and its peak memory in GB."""
     from triton.testing import do_bench
 
     with contextlib.suppress(torch.OutOfMemoryError):  # other models may be at their first step too; again when alone
-        step()  # compiles
+        step(count if mode == "compiled" else min(2, count))  # compiles, for all batches except under torch.compile
     torch.cuda.empty_cache()
     with alone():
-        for _ in range(2):
-            step()
+        for _ in range(3):
+            step(count)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        graph = captured(step) if graphed else None
-        ms = float(do_bench(graph.replay if graph else step, warmup=150, rep=800, return_mode="median"))
+        graph = captured(partial(step, count)) if mode == "graphed" else None
+        run = graph.replay if graph else partial(step, count)
+        ms = float(do_bench(run, warmup=150, rep=600, return_mode="median"))
         return ms, torch.cuda.max_memory_allocated() / 1e9
 
 

@@ -33,6 +33,9 @@ class MixerBlock(nn.Module):
         self.norm2 = norm(dim) if mlp else None
         self.mlp = mlp(dim) if mlp else None
         self.drop_path2 = DropPath(drop_path) if mlp and drop_path else nn.Identity()
+        for made in (self.norm1, self.norm2):
+            if isinstance(made, ChannelNorm):
+                made.narrow = True
 
     def forward(self, x: Tensor) -> Tensor:
         grid = x.shape[2:]

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, register_notrace_function
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from vssm.kernels import causal_conv1d, selective_scan
 from vssm.layers.layout import over_map
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.norm import TokenNorm
 from vssm.layers.ssm import decay
 from vssm.scans import scan_shape, scan_table
 
@@ -24,7 +25,7 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, dim: int, reduction: int = 8):
         super().__init__()
-        self.norm = LayerNorm(dim, eps=1e-5)
+        self.norm = TokenNorm(dim, eps=1e-5)
         hidden = dim // reduction
         self.reduce, self.act, self.expand = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
 

@@ -6,11 +6,12 @@ Spatial-Mamba and VSSD took it over.
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vssm.layers.conv import depthwise
 from vssm.layers.layout import over_tokens, to_map, to_tokens
+from vssm.layers.mlp import LeanMlp
 from vssm.layers.norm import ChannelNorm
 
 
@@ -71,8 +72,9 @@ class ConditionedBlock(nn.Module):
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
-        self.position1, self.norm1, self.mixer = depthwise(dim, 3), ChannelNorm(dim), mixer
-        self.position2, self.norm2, self.mlp = depthwise(dim, 3), ChannelNorm(dim), Mlp(dim, int(dim * mlp_ratio))
+        self.position1, self.norm1, self.mixer = depthwise(dim, 3), ChannelNorm(dim, narrow=True), mixer
+        self.position2, self.norm2 = depthwise(dim, 3), ChannelNorm(dim, narrow=True)
+        self.mlp = LeanMlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,20 +2,97 @@
 
 from __future__ import annotations
 
-from timm.layers import LayerNorm
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm, RmsNorm
 from torch import Tensor, nn
 
+from vssm.kernels.backends import forced_backend, implementation, traced, why_not
 from vssm.layers.conv import depthwise
+
+WIDEST = 4096  # channels that the GPU kernels take
+
+
+class TokenNorm(LayerNorm):
+    """timm's layer norm, (…, C) in and out; under autocast on a GPU in one pass to autocast's dtype.
+
+    Autocast itself casts up, normalises into a float32 tensor, and casts down for the layer behind: three passes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return narrow_norm(x, self.weight, self.bias, self.eps) if has_narrow_norm(x) else super().forward(x)
+
+
+class TokenRmsNorm(RmsNorm):
+    """timm's RMS norm, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return narrow_norm(x, self.weight, None, self.eps) if has_narrow_norm(x) else super().forward(x)
 
 
 class ChannelNorm(LayerNorm):
-    """Layer norm over the channels of each cell. (B, C, *grid) in and out, a view where memory is channels last."""
+    """Layer norm over the channels of each cell. (B, C, *grid) in and out, a view where memory is channels last.
 
-    def __init__(self, dim: int, eps: float = 1e-5):
+    Args:
+        dim: Channels.
+        eps: Added to the variance.
+        narrow: The layers behind read autocast's dtype: see ``TokenNorm``.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, narrow: bool = False):
         super().__init__(dim, eps=eps)
+        self.narrow = narrow
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        x = x.movedim(1, -1)
+        narrow = self.narrow and has_narrow_norm(x)
+        y = narrow_norm(x, self.weight, self.bias, self.eps) if narrow else super().forward(x)
+        return y.movedim(-1, 1)
+
+
+def narrow_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm over the last axis, RMS norm without a bias, to autocast's dtype, where ``has_narrow_norm(x)``."""
+    if torch.is_grad_enabled():
+        return _Norm.apply(x, weight, bias, eps)
+    return _normalised(x.contiguous(), weight, bias, eps)
+
+
+class _Norm(torch.autograd.Function):
+    """Layer norm, or RMS norm without a bias, to autocast's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.rms, ctx.eps, ctx.kinds = bias is None, eps, (weight.dtype, weight.dtype if bias is None else bias.dtype)
+        return _normalised(x, weight, bias, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        backward = implementation("channel_norm", "triton").backward
+        flat = grad.contiguous().flatten(0, -2)
+        dx, of_weight, of_bias = backward(flat, x.flatten(0, -2), weight, ctx.rms, ctx.eps)
+        return dx.view(x.shape), of_weight.to(ctx.kinds[0]), None if ctx.rms else of_bias.to(ctx.kinds[1]), None
+
+
+def _normalised(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    dtype = torch.get_autocast_dtype(x.device.type)
+    y = implementation("channel_norm", "triton").forward(x.flatten(0, -2), weight, bias, eps, dtype)
+    return y.view(x.shape)
+
+
+def has_narrow_norm(x: Tensor) -> bool:
+    """Whether autocast is on and the GPU kernels take the rows of ``x``; a compiler fuses the passes itself."""
+    if not isinstance(x, Tensor) or traced(x) or torch._C._are_functorch_transforms_active():
+        return False
+    if x.device.type not in ("cuda", "xpu") or not torch.is_autocast_enabled(x.device.type):
+        return False
+    if forced_backend() not in (None, "triton") or x.shape[-1] > WIDEST or x.numel() == 0:
+        return False
+    return why_not("channel_norm", "triton", x.device, x.dtype) is None
 
 
 class SoftmaxOverCells(nn.Module):
@@ -30,9 +107,10 @@ def _layer_conv(dim: int, spatial_dims: int) -> nn.Module:
 
 
 NORMS = {"layer": ChannelNorm, "batch": nn.BatchNorm2d}
+TOKEN_NORMS = {"rms": TokenRmsNorm, "layer": TokenNorm}
 
 OUT_NORMS = {  # of a mixer, by name: (dim, spatial_dims) -> module of maps
-    "layer": lambda dim, spatial_dims: ChannelNorm(dim),
+    "layer": lambda dim, spatial_dims: ChannelNorm(dim, narrow=True),
     "conv": lambda dim, spatial_dims: depthwise(dim, 3, spatial_dims, bias=False),
     "layer_conv": _layer_conv,
     "softmax": lambda dim, spatial_dims: SoftmaxOverCells(),

@@ -86,7 +86,7 @@ class EfficientBlock(nn.Module):
         self, dim: int, expand: float, scan: str, scan_options: Mapping[str, Any] | None, drop_path: float = 0.0
     ):
         super().__init__()
-        self.norm, self.mixer = ChannelNorm(dim), AtrousMixer(dim, expand, scan, scan_options)
+        self.norm, self.mixer = ChannelNorm(dim, narrow=True), AtrousMixer(dim, expand, scan, scan_options)
         self.conv_branch = nn.Sequential(depthwise(dim, 3), nn.BatchNorm2d(dim), nn.GELU(), nn.Conv2d(dim, dim, 1))
         self.gate = ChannelGate(dim)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vssm.layers.conv import depthwise
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map, to_map, to_tokens
-from vssm.layers.norm import ChannelNorm
+from vssm.layers.norm import ChannelNorm, TokenNorm
 from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.models.backbone import run_classifier
 from vssm.models.base import Hierarchical, linear_head, make_stages
@@ -172,7 +172,7 @@ class GroupMambaBlock(nn.Module):
     ):
         super().__init__()
         self.mixer = GroupMixer(dim, scan, scan_options)
-        self.norm, self.mlp = LayerNorm(dim, eps=STAGE_EPS), ConvMlp(dim, int(dim * mlp_ratio))
+        self.norm, self.mlp = TokenNorm(dim, eps=STAGE_EPS), ConvMlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

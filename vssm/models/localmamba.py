@@ -52,7 +52,7 @@ class LocalVMambaBlock(nn.Module):
 
     def __init__(self, mixer: nn.Module, dim: int, drop_path: float = 0.0):
         super().__init__()
-        self.norm, self.mixer = ChannelNorm(dim, EPS), mixer
+        self.norm, self.mixer = ChannelNorm(dim, EPS, narrow=True), mixer
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.local_mixer import Directions, local_mixers
+from vssm.layers.norm import TOKEN_NORMS
 from vssm.layers.parts import check_choice
 from vssm.layers.patch import PatchEmbed
 from vssm.layers.position import (
@@ -155,7 +156,7 @@ class LocalVim(Isotropic):
 
         make_mixer = local_mixers(scan, scan_options, directions, depth, "sequence", class_token=class_token)
         self.blocks = nn.ModuleList(
-            LocalVimBlock(make_mixer(i, embed_dim), NORMS[norm](embed_dim, eps=EPS), self.rope, rate)
+            LocalVimBlock(make_mixer(i, embed_dim), TOKEN_NORMS[norm](embed_dim, eps=EPS), self.rope, rate)
             for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
         )
         self.norm = NORMS[norm](embed_dim, eps=EPS)

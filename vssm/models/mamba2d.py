@@ -19,7 +19,6 @@ import torch
 from timm.layers import (
     DropPath,
     LayerNorm,
-    Mlp,
     SelectAdaptivePool2d,
     apply_rot_embed,
     register_notrace_function,
@@ -29,7 +28,8 @@ from torch import Tensor, nn
 from vssm.kernels.scan2d import scan2d
 from vssm.layers.conv import depthwise
 from vssm.layers.layout import over_map, to_map, to_tokens
-from vssm.layers.norm import ChannelNorm
+from vssm.layers.mlp import LeanMlp
+from vssm.layers.norm import ChannelNorm, TokenNorm
 from vssm.layers.position import axial_angles
 from vssm.layers.ssm import decay, dt_bias_
 from vssm.models.backbone import run_classifier
@@ -190,8 +190,8 @@ class Mamba2DBlock(nn.Module):
 
     def __init__(self, dim: int, mixer: nn.Module, scaled: bool, drop_path: float = 0.0):
         super().__init__()
-        self.norm1, self.mixer = LayerNorm(dim, eps=1e-5), mixer
-        self.norm2, self.mlp = LayerNorm(dim, eps=1e-5), Mlp(dim, 4 * dim)
+        self.norm1, self.mixer = TokenNorm(dim, eps=1e-5), mixer
+        self.norm2, self.mlp = TokenNorm(dim, eps=1e-5), LeanMlp(dim, 4 * dim)
         self.scale1 = nn.Parameter(torch.ones(dim)) if scaled else None
         self.scale2 = nn.Parameter(torch.ones(dim)) if scaled else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()

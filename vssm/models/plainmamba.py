@@ -21,6 +21,7 @@ from vssm.kernels import selective_scan
 from vssm.layers.conv import depthwise
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map, to_map, to_tokens
+from vssm.layers.norm import TokenNorm
 from vssm.layers.parts import check_choice
 from vssm.layers.position import positions
 from vssm.layers.ssm import SelectiveSSM, decay, ssm_parameters
@@ -146,7 +147,7 @@ class PlainMambaBlock(nn.Module):
 
     def __init__(self, mixer: nn.Module, dim: int, conv: bool = False, drop_path: float = 0.0):
         super().__init__()
-        self.norm, self.mixer = LayerNorm(dim, eps=1e-5), mixer
+        self.norm, self.mixer = TokenNorm(dim, eps=1e-5), mixer
         self.conv = None
         if conv:
             self.conv = nn.Sequential(depthwise(dim, 3, bias=False), nn.BatchNorm2d(dim), nn.GELU())

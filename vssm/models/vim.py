@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.norm import TOKEN_NORMS
 from vssm.layers.parts import check_choice
 from vssm.layers.patch import PatchEmbed
 from vssm.layers.position import (
@@ -152,7 +153,7 @@ class Vim(Isotropic):
             scale = nn.Identity() if layer_scale is None else LayerScale(embed_dim, layer_scale)
             turns = {"stream": (True, False), "block": (i == 0, i < depth - 1), None: (False, False)}[rope]
             turn_in, turn_out = (self.rope if turn else None for turn in turns)
-            self.blocks.append(VimBlock(mixer, NORMS[norm](embed_dim, eps=EPS), scale, rate, turn_in, turn_out))
+            self.blocks.append(VimBlock(mixer, TOKEN_NORMS[norm](embed_dim, eps=EPS), scale, rate, turn_in, turn_out))
         self.norm = NORMS[norm](embed_dim, eps=EPS)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = linear_head(embed_dim, num_classes)

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import Attention, LayerNorm
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from vssm.layers.conv import depthwise
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map
 from vssm.layers.mlla import ConditionedBlock, InvertedDownsample, ResidualStem
-from vssm.layers.norm import ChannelNorm
+from vssm.layers.norm import ChannelNorm, TokenNorm
 from vssm.layers.ssm import decay, dt_bias_
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
@@ -54,7 +54,7 @@ class DualityMixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.ones(heads))
-        self.norm = LayerNorm(width, eps=1e-5)
+        self.norm = TokenNorm(width, eps=1e-5)
         self.out_proj = nn.Linear(width, dim, bias=False)
         self.reset_parameters()
 
