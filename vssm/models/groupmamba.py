@@ -102,7 +102,8 @@ class GroupLayerNorm(nn.Module):
 class GroupScan(nn.Module):
     """A small gated Mamba for each group of channels, one direction each. (B, L, C) tokens in and out.
 
-    Group g reads row g of the order, beginning again where the order has fewer rows.
+    Group g reads row g of the order, beginning again where the order has fewer rows. On maps that are not square the
+    published backward pass puts the gradients of the groups that read columns in the wrong cells; here they are exact.
     """
 
     def __init__(self, dim: int, scan: str, scan_options: Mapping[str, Any] | None):
