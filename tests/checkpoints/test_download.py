@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import urllib.error
 from dataclasses import replace
 
@@ -63,6 +64,19 @@ def test_another_file_under_the_name_is_an_error(tmp_path, served, known):
         locate(weights, tmp_path)
 
 
+def test_the_record_appears_whole(tmp_path, served, monkeypatch):
+    """Another process that reads it meanwhile finds none, or all of it."""
+    seen, replace_ = [], os.replace
+
+    def watched(part, record):
+        seen.append((record.exists(), part.read_text()))
+        replace_(part, record)
+
+    monkeypatch.setattr(os, "replace", watched)
+    locate(WEIGHTS, tmp_path)
+    assert seen == [(False, (tmp_path / "toy_small.pth.sha256").read_text())]
+
+
 def test_a_file_put_there_by_hand_is_taken(tmp_path, served):
     """As the error of a failed download asks for."""
     cached_path(HUB, tmp_path).parent.mkdir()
@@ -121,5 +135,7 @@ def test_weights_need_a_place():
     """A row without one is a mistake of the family."""
     with pytest.raises(ValueError, match="must say where the weights are"):
         Weights(license="MIT", origin_url="", paper="")
+    with pytest.raises(ValueError, match="license must be named"):
+        Weights(license="", origin_url="", paper="", file="x.pth")
     with pytest.raises(ValueError, match="hf_hub_filename must name the file"):
         Weights(license="MIT", origin_url="", paper="", hf_hub_id="toy/toy")

@@ -36,7 +36,7 @@ def test_there_and_back(tmp_path, capsys):
 def test_the_file_says_what_it_is(tmp_path):
     """Metadata: model, names, version, and the source with its SHA-256."""
     write_checkpoint(VARIANTS[0].build(num_classes=7).state_dict(), tmp_path / "x.pth")
-    arguments = ["--model", "toy_tiny", "--model-args", "num_classes=7", "scan=hilbert"]
+    arguments = ["--model", "toy_tiny", "--model-args", "num_classes=7", "scan=hilbert", "img_size=(64, 64)"]
     assert main([str(tmp_path / "x.pth"), str(tmp_path / "y.safetensors"), *arguments]) == 0
     with safetensors.safe_open(tmp_path / "y.safetensors", "pt") as file:
         metadata = file.metadata()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import logging
+import os
 import sys
 from pathlib import Path
 from urllib.parse import urlparse
@@ -106,7 +107,9 @@ def _record(path: Path, record: Path) -> None:
     digest = sha256(path)
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(f"{digest}  {path.name}\n")
+        part = record.with_name(f"{record.name}.{os.getpid()}")     # other processes may be reading or writing it
+        part.write_text(f"{digest}  {path.name}\n")
+        os.replace(part, record)
     except OSError as error:                                 # a folder shared read-only
         _logger.warning("first use of %s, SHA-256 %s, which could not be recorded: %s", path, digest, error)
     else:

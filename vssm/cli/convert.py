@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,14 @@ def convert(
 
 
 def _arguments(pairs: list[str]) -> dict[str, Any]:
-    """["num_classes=7", "scan=hilbert"] -> {"num_classes": 7, "scan": "hilbert"}."""
+    """["num_classes=7", "scan=hilbert", "depths=(2, 2)"] -> {"num_classes": 7, "scan": "hilbert", "depths": (2, 2)}."""
     arguments: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--model-args takes NAME=VALUE, got {pair!r}")
-        arguments[name] = int(value) if value.lstrip("-").isdigit() else value
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):               # a word
+            arguments[name] = value
     return arguments

@@ -55,6 +55,8 @@ class Weights:
     notes: str = ""
 
     def __post_init__(self):
+        if not self.license:
+            raise ValueError("Weights: license must be named, or 'unknown' where nobody says")
         if not (self.url or self.hf_hub_id or self.file):
             raise ValueError("Weights: one of url, hf_hub_id, file must say where the weights are")
         if self.hf_hub_id and not self.hf_hub_filename:
