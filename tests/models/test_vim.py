@@ -89,13 +89,14 @@ def turn(x, angles):
     return torch.cat([x[:, :still], y], 1)
 
 
-def plain_vim(p, x, *, token, pool, kind="v2", halve=True, rope=None, norm="rms"):
-    """The forward pass of the sheet: hidden states and residuals, published entries p."""
-    def normed(r, name):
-        if norm == "layer":
-            return F.layer_norm(r, r.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
-        return r * torch.rsqrt(r.square().mean(-1, keepdim=True) + 1e-5) * p[f"{name}.weight"]
+def normed(p, r, name, norm):
+    if norm == "layer":
+        return F.layer_norm(r, r.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
+    return r * torch.rsqrt(r.square().mean(-1, keepdim=True) + 1e-5) * p[f"{name}.weight"]
 
+
+def plain_stream(p, x, *, token=None, kind="v2", halve=True, rope=None, norm="rms"):
+    """The blocks of the sheet: the last hidden state and residual, of published entries p."""
     x = F.conv2d(x, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=8)
     angles = plain_rope(*x.shape[2:], x.shape[1])
     x = x.flatten(2).mT
@@ -112,10 +113,16 @@ def plain_vim(p, x, *, token, pool, kind="v2", halve=True, rope=None, norm="rms"
             hidden = turn(hidden, angles)
             residual = turn(residual, angles) if rope == "both" and residual is not None else residual
         residual = hidden if residual is None else residual + hidden
-        hidden = plain_mixer(layer, normed(residual, f"layers.{i}.norm"), kind, halve)
+        hidden = plain_mixer(layer, normed(p, residual, f"layers.{i}.norm", norm), kind, halve)
         hidden = hidden * layer.get("gamma", 1.0)
-    y = normed(residual + hidden, "norm_f")
+    return hidden, residual
+
+
+def plain_vim(p, x, *, token, pool, norm="rms", **options):
+    """The classifier of the sheet, published entries p."""
+    y = normed(p, sum(plain_stream(p, x, token=token, norm=norm, **options)), "norm_f", norm)
     if token:
+        at = {"middle": (y.shape[1] - 1) // 2, "first": 0}.get(token)
         y = (y[:, 0] + y[:, -1]) / 2 if token == "ends" else y[:, at]
     elif pool in ("mean", "none"):
         y = y.mean(1) if pool == "mean" else y[:, -1]
@@ -345,3 +352,30 @@ def test_the_published_backbone_has_the_published_keys():
     assert shapes["patch_embed.proj.weight"] == (8, 2, 16, 16)                               # num_classes to channels
     assert shapes["pos_embed"] == (1, 16, 8)
     assert {"norm_f.weight", "fpn1.0.weight", "fpn1.1.running_mean", "fpn1.3.bias", "fpn2.0.weight"} <= set(shapes)
+
+
+def test_the_patches_choose_the_published_pyramid():
+    kwargs = dict(img_size=32, patch_size=16, stride=8, num_classes=2, depth=4, out_indices=[0, 1, 2, 3], embed_dim=8)
+    built = published(BACKBONE, kwargs)
+    assert [tuple(y.shape[2:]) for y in built.model(torch.randn(1, 2, 32, 32))] == [(12, 12), (6, 6), (3, 3), (1, 1)]
+    assert "fpn1.3.bias" in published_shapes(shapes_of(built.model), built.keys)
+
+
+@pytest.mark.parametrize("process", ["none", "add"])
+def test_the_published_backbone_of_detectors_has_one_map(process):
+    """The last block's output, or the sum of all, without a norm, on the patches alone."""
+    kwargs = dict(img_size=32, patch_size=8, stride=8, in_chans=2, num_classes=80, depth=3, embed_dim=8, if_rope=True,
+                  if_rope_residual=True, if_cls_token=True, last_layer_process=process)  # fmt: skip
+    built = published("det/detectron2/modeling/backbone/vim.py:VisionMambaDet", kwargs)
+    model = built.model.double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    entries = to_published(model.state_dict(), built.keys)
+    assert entries["pos_embed"].shape == (1, 16, 8)
+    assert not {"cls_token", "norm_f.weight", "head.weight"} & set(entries)
+    x = torch.randn(2, 2, 32, 32, dtype=torch.double)
+    hidden, residual = plain_stream(entries, x, rope="both")
+    expected = (hidden if process == "none" else hidden + residual).mT.unflatten(2, (4, 4))
+    assert error(built.run(model, {"x": x})["last_feat"], expected) < 1e-5                # rotary table: float32
+    with pytest.raises(NotCovered, match="last_layer_process='add & norm' fails in the published code"):
+        published("vim.py:VisionMambaDet", {**kwargs, "last_layer_process": "add & norm"})

@@ -397,6 +397,7 @@ DEFAULTS = {
 UNCHANGED = {"ssm_cfg": None, "if_bidirectional": False, "if_bimamba": False, "flip_img_sequences_ratio": -1.0}
 ELSEWHERE = {  # change no output: training, precision, fused or not
     "drop_rate", "drop_path_rate", "fused_add_norm", "residual_in_fp32", "pretrained", "pt_hw_seq_len", "ft_seq_len",
+    "use_checkpoint",
 }  # fmt: skip
 FINAL_POOLS = {"none": "last", "mean": "avg", "max": "logit_max", "all": ""}
 DIRECTIONS: dict[str, dict[str, Any]] = {
@@ -440,10 +441,12 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
-    """A factory or ``VisionMamba`` of the published classification code, or ``VisionMambaSeg``, as our model."""
+    """A factory or ``VisionMamba`` of the published classification code, ``VisionMambaSeg`` or ``VisionMambaDet``."""
     name = entry.partition(":")[2]
     if name == "VisionMambaSeg":
         return _published_backbone(kwargs)
+    if name == "VisionMambaDet":
+        return _published_detector(kwargs)
     if not (name == "VisionMamba" or name.startswith("vim_")):
         raise NotCovered(f"entry {entry!r} is no model of this family")
     ours = translate(kwargs)
@@ -463,7 +466,9 @@ def _published_backbone(kwargs: Mapping[str, Any]) -> Published:
     given |= {**shifted, "final_pool_type": "mean"}
     features = "stream" if own.get("use_residual_as_feature", False) else "branch"
     last = {"none": "branch", "add": "stream", "add & norm": "norm"}[own.get("last_layer_process", "none")]
-    model = VimBackbone(Vim(**translate(given)), own.get("out_indices", (5, 11, 17, 23)), features, last)
+    model = VimBackbone(Vim(**translate(given)), own.get("out_indices", (3, 5, 7, 11)), features, last)
+    # As published: the size of the patches chooses the pyramid, not their stride.
+    model.pyramid = nn.ModuleList(pyramid(model.trunk.embed_dim, given.get("patch_size", 16)))
     rules = [
         *keys(kwargs.get("bimamba_type", "v2")),
         *([] if isinstance(model.trunk.norm, RmsNorm | LayerNorm) else [drop(r"^norm\.")]),
@@ -471,6 +476,27 @@ def _published_backbone(kwargs: Mapping[str, Any]) -> Published:
         rename(r"^(blocks|pos_embed|patch_embed|norm)", r"trunk.\1"),
     ]
     return Published(model, rules, lambda model, inputs: {f"feat{i}": x for i, x in enumerate(model(inputs["x"]))})
+
+
+def _published_detector(kwargs: Mapping[str, Any]) -> Published:
+    given = {key: value for key, value in kwargs.items() if key != "if_fpn"}
+    process, name = given.pop("last_layer_process", "none"), given.pop("out_feature", "last_feat")
+    if process not in ("none", "add"):
+        raise NotCovered(f"last_layer_process={process!r} fails in the published code, which has no norm there")
+    given |= {"channels": given.pop("in_chans", 3), "num_classes": 0, "final_pool_type": "mean"}
+    model = Vim(**translate(given))
+    model.remove_class_token()
+    model.norm = nn.Identity()
+
+    def run(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        x, grid = model.embed(inputs["x"])
+        for block in model.blocks:
+            x = block.turn_in(x)
+            branch = block.branch(x, grid)
+            x = x + block.turn_out(branch)
+        return {name: to_map(branch if process == "none" else x, grid)}
+
+    return Published(model, keys(kwargs.get("bimamba_type", "v2")), run)
 
 
 def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
