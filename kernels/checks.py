@@ -38,5 +38,5 @@ def _axes(pattern: str, dims: int) -> list[str] | None:
         optional = next((i for i, axis in enumerate(axes) if axis.endswith("?")), None)
         if optional is None:
             return None
-        del axes[optional]
+        axes = axes[:optional] + axes[optional + 1 :]  # not del: torch.compile cannot see it everywhere
     return [axis.rstrip("?") for axis in axes] if len(axes) == dims else None

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vssm.kernels.kinds import Kind
 from vssm.kernels.operands import is_fleeting
-from vssm.kernels.triton_replay import empty, note
+from vssm.kernels.triton_replay import Recipe, alignment, empty, follow, note
 from vssm.kernels.triton_shared import clear, invert, sum_parameters, sum_visits
 
 log = logging.getLogger(__name__)
@@ -161,7 +164,7 @@ class Visits:
         return self.visit, self.first
 
 
-WHOLE = Visits(None, None, True)
+WHOLE, UNKNOWN = Visits(None, None, True), Visits(None, None, False)
 _inverses: OrderedDict[tuple[Any, ...], tuple[Tensor, Visits]] = OrderedDict()
 _captured: dict[int, Visits] = {}  # CUDA graphs read these as long as they live, which nobody can know
 
@@ -178,7 +181,7 @@ def visits(index: Tensor | None, cells: int, revisits: bool) -> Visits:
     capturing = index.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if found is not None and found.version == index._version:
         if capturing:
-            keep(found)
+            _captured[id(found)] = found
         return found
     inverse = _inverse(index, cells, revisits)
     if capturing:
@@ -194,9 +197,36 @@ def visits(index: Tensor | None, cells: int, revisits: bool) -> Visits:
     return inverse
 
 
-def keep(found: Visits) -> None:
-    """Keep what a CUDA graph that is being captured will read."""
-    _captured[id(found)] = found
+class Shortcut(NamedTuple):
+    """The recipe of calls of one kind whose tensors are aligned alike, and what to find before it is followed."""
+
+    recipe: Recipe
+    aligned: tuple[int, ...] | None
+    table: int  # its place among the tensors
+    found: weakref.ref[Visits] | None  # its inverse, remembered
+
+    def follow(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """The results for ``tensors``, operands first; None if they must be found the long way."""
+        addresses = [x.data_ptr() for x in tensors if x is not None]
+        device = self.recipe.device.index
+        if torch.cuda.current_device() != device or len({*addresses}) != len(addresses):
+            return None
+        if self.found is not None:
+            found, table = self.found(), tensors[self.table]
+            if found is None or table is None or table.data_ptr() != found.address or table._version != found.version:
+                return None
+            addresses += [x.data_ptr() for x in found.tensors if x is not None]
+            # No graph is captured on the default stream.
+            if torch._C._cuda_getCurrentRawStream(device) and torch.cuda.is_current_stream_capturing():
+                _captured[id(found)] = found
+        return follow(self.recipe, addresses) if alignment(addresses) == self.aligned else None
+
+
+def shorten(kind: Kind, name: Hashable, found: Visits, recipe: Recipe, aligned: tuple[int, ...] | None) -> None:
+    """Make the shortcut of a kind whose cells are named by one table, if that is remembered, or by none."""
+    if kind.one_table and (found is WHOLE or found.version >= 0):
+        at = None if found is WHOLE else weakref.ref(found)
+        kind.shortcuts[name] = Shortcut(recipe, aligned, kind.rules.table, at)
 
 
 def _inverse(index: Tensor, cells: int, revisits: bool) -> Visits:
@@ -259,11 +289,11 @@ def sum_by_cell(
 
 
 def parameter_grads(parts: Tensor, parameters: tuple[Tensor, Tensor | None, Tensor | None]) -> list[Tensor | None]:
-    """Gradients of A (k?, d, n), D and delta_bias (k?, d), from their parts, (pieces, k, n + 2, d), in this order."""
-    pieces, k, rows, d = parts.shape
+    """Gradients of A (k?, d, n), D and delta_bias (k?, d), from their parts, (…, k, n + 2, d), in this order."""
+    *pieces, k, rows, d = parts.shape
     grads = [None if x is None else empty(x.shape, x.dtype, x.device) for x in parameters]
     shared = [x is not None and x.dim() == dims for x, dims in zip(parameters, (2, 1, 1))]
-    launch(sum_parameters, cdiv(d, 32) * k * rows, (parts, *grads, pieces, k, d, rows - 2),
+    launch(sum_parameters, cdiv(d, 32) * k * rows, (parts, *grads, prod(pieces), k, d, rows - 2),
            dict(A_SHARED=shared[0], D_SHARED=shared[1], BIAS_SHARED=shared[2], BLOCK_S=64, BLOCK_D=32), 4)  # fmt: skip
     return grads
 

@@ -1,22 +1,35 @@
-"""The public op: checks, dispatch, gradients.
+"""The public op: kinds, dispatch, gradients.
 
-Eager calls go through ``autograd.Function``, a tenth of a custom op's cost; compilers see the custom op
-``vssm::causal_conv1d``. Both call :func:`_forward` and :func:`_backward`, which hand the problem to a backend.
+An eager call finds its :class:`Kind` (checked once), is recorded by ``autograd.Function``, a tenth of a custom op's
+cost, and handed to a backend; compilers see the custom op ``vssm::causal_conv1d``. Both call :func:`_forward` and
+:func:`_backward`.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from vssm.kernels.backends import choose, implementation, traced
+from vssm.kernels.backends import implementation, traced
 from vssm.kernels.checks import match
 from vssm.kernels.conv1d import reference
 from vssm.kernels.conv1d.problem import Problem
-from vssm.kernels.operands import Facts, check_cells, check_kinds, dense, fleeting, index_or_steps
+from vssm.kernels.kinds import (
+    Kind,
+    Operands,
+    Rules,
+    autocast_dtype,
+    chosen,
+    clean,
+    kind_of,
+    layouts,
+    recording,
+)
+from vssm.kernels.operands import check_cells, check_kinds, dense, fleeting, index_or_steps
 
 OPERANDS = ("x", "weight", "bias", "initial_state")  # what has a gradient, in this order
 
@@ -72,35 +85,44 @@ def causal_conv1d(
     """
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
-    write = index_or_steps("causal_conv1d", "write", write, table)
-    operands = (x, weight, bias, table, write, initial_state)
-    check = _check if torch.compiler.is_compiling() else _check_once  # compilers have symbols for sizes, unhashable
-    one_row = check(*(None if value is None else Facts(value.shape, value.dtype, value.device) for value in operands))
-
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = weight.to(compute)
-    bias = bias if bias is None else bias.to(compute)
-    initial_state = initial_state if initial_state is None else initial_state.to(x.dtype)
-
-    chosen = _chosen(x.device, x.dtype, backend)
-    tensors = [dense(operand) for operand in (x, weight, bias, table, write, initial_state)]
-    problem: list[Any] = [*tensors, activation == "silu", revisits is not False]
-    if chosen == "reference":
-        y, last_state = reference.causal_conv1d(_checked(Problem(*problem)))
-    elif traced(x):
-        y, last_state = torch.ops.vssm.causal_conv1d(*problem, chosen)
-    elif torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in tensors):
-        y, last_state = _CausalConv1d.apply(*problem, chosen)
+    write = table if write is None else index_or_steps("causal_conv1d", "write", write, table)
+    operands: Operands = (x, weight, bias, table, write, initial_state)
+    options = (activation == "silu", revisits is not False)
+    same = (write is table,)
+    if traced(x):
+        return _traced(operands, same, options, backend)
+    kind = kind_of(RULES, operands, same, options, backend)
+    if not kind.as_given:
+        operands = kind.cleaned(operands)
+    if kind.backend == "reference":
+        y, last_state = reference.causal_conv1d(_checked(Problem(*[*operands, *options])))
+    elif kind.save:
+        y, last_state = _apply(kind, *kind.saved(operands))
     else:
-        y, last_state = _forward(Problem(*problem), chosen)
+        y, last_state = _forward_again(kind, kind.saved(operands))
+    return y.squeeze(1) if kind.checked else y, last_state
+
+
+def _traced(
+    operands: Operands, same: tuple[bool], options: tuple[bool, bool], backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """The call as compilers and tracers see it; sizes may be symbols there, which do not hash."""
+    one_row = RULES.check(operands, same)
+    x = operands[0]
+    wanted = RULES.dtypes(operands)
+    problem: list[Any] = [*(clean(x, dtype) for x, dtype in zip(operands, wanted)), *options]
+    name = chosen(RULES.op, x.device, wanted[0] or x.dtype, backend)
+    if name == "reference":
+        y, last_state = reference.causal_conv1d(_checked(Problem(*problem)))
+    else:
+        y, last_state = torch.ops.vssm.causal_conv1d(*problem, name)
     return y.squeeze(1) if one_row else y, last_state
 
 
-def _check(x: Any, weight: Any, bias: Any, table: Any, write: Any, initial_state: Any) -> bool:
-    """Check the operands' Facts against each other; returns whether none has rows, so that y shall not either."""
+def _check(operands: Operands, _: tuple[bool, ...]) -> bool:
+    """Check operands, or their Facts, against each other; returns whether none has rows, so that y shall not either."""
     who = "causal_conv1d"
+    x, weight, bias, table, write, initial_state = operands
     sizes = match(who, x=(x, "b k? l d"))
     sizes = match(who, sizes, table=(table, "b? k t"), write=(write, "b? k t"))
     cells = sizes["l"]
@@ -119,12 +141,15 @@ def _check(x: Any, weight: Any, bias: Any, table: Any, write: Any, initial_state
     return one_row
 
 
-_check_once = lru_cache(maxsize=4096)(_check)  # a model calls with few shapes, again and again
+def _dtypes(operands: Operands) -> list[torch.dtype | None]:
+    """The dtype in which backends take each operand."""
+    given = autocast_dtype(operands[0]) or operands[0].dtype
+    compute = torch.float64 if given == torch.float64 else torch.float32
+    wanted = (given, compute, compute, torch.int32, torch.int32, given)
+    return [None if x is None else dtype for x, dtype in zip(operands, wanted)]
 
 
-@torch.compiler.assume_constant_result
-def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
-    return choose("conv1d", device, dtype, backend)
+RULES = Rules("conv1d", table=3, first=4, last=5, check=_check, dtypes=_dtypes, problem=Problem)
 
 
 def _checked(p: Problem) -> Problem:
@@ -134,24 +159,43 @@ def _checked(p: Problem) -> Problem:
     return p
 
 
-def _forward(p: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """y (b, k, m, d) and the last inputs (b, k, d, w - 1), both contiguous and in the dtype of x."""
+def _forward(p: Problem, kind: Kind | str) -> tuple[Tensor, Tensor]:
+    """y (b, k, m, d) and the last inputs (b, k, d, w - 1), both contiguous and in the dtype of x.
+
+    ``kind`` is that of the call, or the backend's name.
+    """
     if p.x.numel() == 0:
         return p.x.new_zeros(p.y_shape), p.x.new_zeros(p.state_shape)
-    return implementation("conv1d", backend).forward(_checked(p))
+    name = kind if isinstance(kind, str) else kind.backend
+    run = implementation("conv1d", name).forward
+    if name == "triton":
+        return run(p, None if isinstance(kind, str) else kind)
+    return run(_checked(p))
 
 
-def _backward(p: Problem, grad_y: Tensor | None, grad_last: Tensor | None, backend: str) -> tuple[Tensor | None, ...]:
+def _forward_again(kind: Kind, operands: Operands) -> Sequence[Tensor]:
+    """As :func:`_forward`, shorter for a kind that was met before."""
+    if kind.shortcuts:
+        results = implementation("conv1d", "triton").forward_again(kind, operands)
+        if results is not None:
+            return results
+    return _forward(kind.problem(operands), kind)
+
+
+def _backward(
+    p: Problem, grad_y: Tensor | None, grad_last: Tensor | None, backend: str, kind: Kind | None = None
+) -> tuple[Tensor | None, ...]:
     """Gradients of OPERANDS, each contiguous and in its operand's shape and dtype; None where there is no operand.
 
-    A gradient that comes as None is zero.
+    A gradient that comes as None is zero. ``kind`` is that of the call if the problem is as it was then.
     """
     if p.x.numel() == 0:
         return tuple(None if (x := getattr(p, name)) is None else _like(x).zero_() for name in OPERANDS)
     grad_y = p.x.new_zeros(p.y_shape) if grad_y is None else dense(grad_y)
-    if grad_last is None and backend != "triton":
-        grad_last = p.x.new_zeros(p.state_shape)
-    return implementation("conv1d", backend).backward(p, grad_y, dense(grad_last))
+    run = implementation("conv1d", backend).backward
+    if backend == "triton":
+        return run(p, grad_y, dense(grad_last), kind)
+    return run(p, grad_y, p.x.new_zeros(p.state_shape) if grad_last is None else dense(grad_last))
 
 
 def _like(x: Tensor) -> Tensor:
@@ -160,19 +204,35 @@ def _like(x: Tensor) -> Tensor:
 
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *problem, backend = args
-        ctx.save_for_backward(*problem[:6])
-        ctx.flags, ctx.backend = problem[6:], backend
+    def forward(ctx: Any, kind: Kind, *operands: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*operands)
+        ctx.kind = kind
         ctx.set_materialize_grads(False)  # nobody asks for the last inputs' gradient in training
-        return _forward(Problem(*problem), backend)
+        y, last_state = _forward_again(kind, operands)
+        return y, last_state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        p = Problem(*ctx.saved_tensors, *ctx.flags)
-        x, weight, bias, initial_state = _backward(p, grad_y, grad_last, ctx.backend)
-        return x, weight, bias, None, None, initial_state, None, None, None
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, grad_y, grad_last)
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
+    operands, kind = ctx.saved_tensors, ctx.kind
+    # Hooks on saved tensors may bring them back in other layouts.
+    same = layouts(operands) == kind.saved_layouts
+    grads = None
+    if same and kind.shortcuts and grad_y is not None:
+        tensors = (*operands, dense(grad_y), dense(grad_last))
+        grads = implementation("conv1d", "triton").backward_again(kind, tensors)
+    if grads is None:
+        p = kind.problem(operands)
+        grads = _backward(p, grad_y, grad_last, kind.backend, kind if same else None)
+    x, weight, bias, initial_state = grads
+    return None, x, weight, bias, None, None, initial_state
+
+
+_gradients_once = once_differentiable(_gradients)
+_apply = recording(_CausalConv1d)
 
 
 _PROBLEM = (

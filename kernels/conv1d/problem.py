@@ -40,6 +40,12 @@ class Problem:
         return x if x.dim() == 2 else x.unsqueeze(0).expand(self.k, -1)
 
     @property
+    def distinct(self) -> tuple[Tensor | None, ...]:
+        """All operands and indices, with None for ``write`` where it is the table itself."""
+        write = None if self.write is self.table else self.write
+        return self.x, self.weight, self.bias, self.table, write, self.initial_state
+
+    @property
     def b(self) -> int:
         return self.x.shape[0]
 

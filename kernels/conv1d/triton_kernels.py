@@ -66,6 +66,17 @@ def inputs(x, table, initial, s, channel, in_d, x_l, initial_d, L, T, W: tl.cons
     return value
 
 
+@triton.jit(do_not_specialize=["d"])
+def turn(weight, taps, d, W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr):
+    """taps (sets, W, d), which load side by side, from the weight (sets, d, W)."""
+    blocks = tl.cdiv(d, BLOCK_D)
+    k = tl.program_id(0) // blocks
+    channel, entry = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_W)
+    here = (channel < d)[:, None] & (entry < W)[None, :]
+    value = tl.load(weight + ((k * d + channel) * W)[:, None] + entry[None, :], mask=here, other=0.0)
+    tl.store(taps + channel[:, None] + ((k * W + entry) * d)[None, :], value, mask=here)
+
+
 @triton.jit(do_not_specialize=VARY)
 def convolve(
     x, weight, bias, table, write, initial, y, last,
@@ -116,7 +127,7 @@ def slopes(
     K, L, M, T, units, chunk,
     W: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """g by step, (b, K, T, d), and its parts of dweight and dbias, (b, chunks, K, W + 1, d)."""
+    """g by step, (b, K, T, d), and its parts of dweight and dbias, (b, chunks, K, W + 2, d); a row is left free."""
     d = units * UNIT
     channel, k, piece, begin, b = place(d, K, T, chunk, BLOCK_D)
     in_d = channel < d
@@ -156,7 +167,7 @@ def slopes(
         for j in tl.static_range(W):
             more = more + (sums[j] + slope * values[j],)
         sums = more + (sums[W] + slope,)
-    parts += ((b * tl.cdiv(T, chunk) + piece) * K + k) * (W + 1) * d
+    parts += ((b * tl.cdiv(T, chunk) + piece) * K + k) * (W + 2) * d
     for j in tl.static_range(W + 1):
         tl.store(parts + j * d + channel, tl.sum(sums[j], 0), mask=in_d)
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vssm.kernels.backends import implementation, traced
+from vssm.kernels.kinds import Kind, Operands, chosen, clean, kind_of, layouts, recording
 from vssm.kernels.operands import check_cells, dense, fleeting, index_or_steps
 from vssm.kernels.selective_scan import reference
-from vssm.kernels.selective_scan.kind import Kind, Operands, check, chosen, clean, dtypes, kind_of, layouts
 from vssm.kernels.selective_scan.problem import Problem
+from vssm.kernels.selective_scan.rules import RULES
 
 OPERANDS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")  # what has a gradient, in this order
 
@@ -93,9 +94,10 @@ def selective_scan(
     write = table if write is None else index_or_steps("selective_scan", "write", write, table)
     operands: Operands = (u, delta, A, B, C, D, z, delta_bias, table, read, write, initial_state)
     options = (bool(delta_softplus), merge == "sum", revisits is not False)
+    same = (read is table, write is table)
     if traced(u):
-        return _traced(operands, options, backend)
-    kind = kind_of(operands, options, backend)
+        return _traced(operands, same, options, backend)
+    kind = kind_of(RULES, operands, same, options, backend)
     if not kind.as_given:
         operands = kind.cleaned(operands)
     if kind.save and kind.backend != "reference":
@@ -106,14 +108,15 @@ def selective_scan(
     return y, last_state
 
 
-def _traced(operands: Operands, options: tuple[bool, bool, bool], backend: str | None) -> tuple[Tensor, Tensor]:
+def _traced(
+    operands: Operands, same: tuple[bool, bool], options: tuple[bool, bool, bool], backend: str | None
+) -> tuple[Tensor, Tensor]:
     """The call as compilers and tracers see it; sizes may be symbols there, which do not hash."""
-    table, read = operands[8:10]
-    k = check(operands, read is table)
+    k = RULES.check(operands, same)
     u = operands[0]
-    wanted = dtypes(operands)
+    wanted = RULES.dtypes(operands)
     problem: list[Any] = [*(clean(x, dtype) for x, dtype in zip(operands, wanted)), *options]
-    name = chosen(u.device, wanted[0] or u.dtype, backend)
+    name = chosen(RULES.op, u.device, wanted[0] or u.dtype, backend)
     if name == "reference":
         return reference.selective_scan(_checked(Problem(*problem)))
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem[:12])
@@ -210,14 +213,7 @@ def _gradients(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tup
 
 
 _gradients_once = once_differentiable(_gradients)
-_record = super(torch.autograd.Function, _SelectiveScan).apply
-
-
-def _apply(*args: Any) -> tuple[Tensor, Tensor]:
-    """``_SelectiveScan.apply``, without what it does for functorch where no transform of it is active."""
-    if torch._C._are_functorch_transforms_active():
-        return _SelectiveScan.apply(*args)
-    return _record(*args)
+_apply = recording(_SelectiveScan)
 
 
 _TENSORS = (

@@ -22,37 +22,35 @@ row visits a cell twice; otherwise, and wherever rows are summed, steps leave th
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vssm.kernels.kinds import Kind
 from vssm.kernels.selective_scan import triton_backward, triton_forward
-from vssm.kernels.selective_scan.kind import Kind
 from vssm.kernels.selective_scan.problem import Problem
 from vssm.kernels.triton_launch import (
     LARGE,
-    WHOLE,
     Visits,
     cdiv,
     clear_unvisited,
     index_strides,
     is_current,
-    keep,
     launch,
     on,
     parameter_grads,
     power_of_2,
     processors,
     same,
+    shorten,
     strides,
     sum_by_cell,
     visits,
 )
-from vssm.kernels.triton_replay import Recipe, alignment, empty, follow, replayed
+from vssm.kernels.triton_replay import empty, replayed
 
 
 class Plan(NamedTuple):
@@ -165,36 +163,6 @@ def aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
 
 
-class Shortcut(NamedTuple):
-    """The recipe of calls of one kind whose tensors are aligned alike, and what to find before it is followed."""
-
-    recipe: Recipe
-    aligned: tuple[int, ...] | None
-    found: weakref.ref[Visits] | None  # the inverse of the table, remembered
-
-    def follow(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
-        """The results for ``tensors``, operands first; None if they must be found the long way."""
-        addresses = [x.data_ptr() for x in tensors if x is not None]
-        device = self.recipe.device.index
-        if torch.cuda.current_device() != device or len({*addresses}) != len(addresses):
-            return None
-        if self.found is not None:
-            found, table = self.found(), tensors[8]
-            if found is None or table is None or table.data_ptr() != found.address or table._version != found.version:
-                return None
-            addresses += [x.data_ptr() for x in found.tensors if x is not None]
-            # No graph is captured on the default stream.
-            if torch._C._cuda_getCurrentRawStream(device) and torch.cuda.is_current_stream_capturing():
-                keep(found)
-        return follow(self.recipe, addresses) if alignment(addresses) == self.aligned else None
-
-
-def _remember(kind: Kind, name: Hashable, found: Visits, recipe: Recipe, aligned: tuple[int, ...] | None) -> None:
-    """Make the shortcut of a kind whose cells are named by one table, if that is remembered, or by none."""
-    if kind.one_table and (found is WHOLE or found.version >= 0):
-        kind.shortcuts[name] = Shortcut(recipe, aligned, None if found is WHOLE else weakref.ref(found))
-
-
 def forward_again(kind: Kind, operands: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
     """y, last state and states kept, by the kind's shortcut; None if there is none that fits."""
     shortcut = kind.shortcuts.get((use_gluon, LARGE))
@@ -221,7 +189,7 @@ def forward(p: Problem, save: bool, kind: Kind | None = None) -> tuple[Tensor, T
             return forward(p, save, kind)
     found = visits(p.write, p.l, p.revisits)
     options = ("forward", save, found.complete, use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits)
-    shortcut = None if kind is None else partial(_remember, kind, (use_gluon, LARGE), found)
+    shortcut = None if kind is None else partial(shorten, kind, (use_gluon, LARGE), found)
     y, last, states = replayed(
         lambda: _forward(p, save, found), (*p.distinct, *found.tensors), options, kind, shortcut
     )  # fmt: skip
@@ -313,7 +281,7 @@ def backward(
     flags = (use_gluon, LARGE, p.delta_softplus, p.merge, p.revisits, parameters, gates)
     options = ("backward", *[visited and visited.complete for visited in found], *flags)
     name = _name(given, needed)
-    shortcut = None if kind is None else partial(_remember, kind, name, by_read)
+    shortcut = None if kind is None else partial(shorten, kind, name, by_read)
     grads = replayed(
         lambda: _backward(p, grad_y, grad_last, states, by_read, by_table, by_write, parameters, gates),
         tensors, options, kind and (kind, name), shortcut,

@@ -1,0 +1,144 @@
+"""What calls of an op have in common: checks, conversions and the backend, decided once for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vssm.kernels.backends import choose, forced
+from vssm.kernels.operands import Facts
+
+MOST = 4096  # remembered kinds
+
+Operands = Sequence[Any]  # the tensors of a problem, or None, in its order
+_kinds: dict[tuple[Any, ...], Kind] = {}
+
+
+class Rules(NamedTuple):
+    """What an op does with its operands. Those from ``first`` to ``last`` are tables too, by default ``table``."""
+
+    op: str
+    table: int
+    first: int
+    last: int
+    check: Callable[[Operands, tuple[bool, ...]], Any]  # of Facts, and which tables are the default
+    dtypes: Callable[[Operands], list[torch.dtype | None]]  # in which backends take them
+    problem: Callable[..., Any]  # of operands and options
+
+
+class Kind:
+    """Calls whose operands agree in shapes, strides, dtypes, devices and wish for gradients, and whose options agree.
+
+    A model calls with few kinds, again and again: what depends on the kind alone is found once.
+
+    Args:
+        rules: Those of the op.
+        operands: Those of the first call of the kind.
+        same: For each further table whether it is the first one.
+        options: The rest of the problem.
+        backend: The one asked for by name, or None.
+
+    Raises:
+        ValueError: If operands do not fit one another, or the backend cannot run.
+    """
+
+    def __init__(
+        self, rules: Rules, operands: Operands, same: tuple[bool, ...], options: tuple[Any, ...], backend: str | None
+    ) -> None:
+        first = operands[0]
+        facts = [None if x is None else Facts(x.shape, x.dtype, x.device) for x in operands]
+        self.rules, self.same, self.options = rules, same, options
+        self.checked = rules.check(facts, same)
+        self.dtypes = rules.dtypes(operands)
+        self.backend = chosen(rules.op, first.device, self.dtypes[0] or first.dtype, backend)
+        self.save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+        self.one_table = all(same)
+        self.shortcuts: dict[Any, Any] = {}  # of the Triton backend, to launches
+        with torch.no_grad():
+            cleaned = self.cleaned(operands)
+        self.as_given = all(x is y for x, y in zip(operands, cleaned))
+        self.saved_layouts = layouts(self.saved(cleaned))
+
+    def cleaned(self, operands: Operands) -> Operands:
+        """The operands as backends take them: dtypes, and the last axis contiguous."""
+        made = [clean(x, dtype) for x, dtype in zip(operands, self.dtypes)]
+        for i, same in enumerate(self.same, self.rules.first):
+            if same:
+                made[i] = made[self.rules.table]
+        return made
+
+    def saved(self, operands: Operands) -> Operands:
+        """The operands as they are saved for the backward: if there is one table, once."""
+        if not self.one_table:
+            return operands
+        return (*operands[: self.rules.first], *[None for _ in self.same], *operands[self.rules.last :])
+
+    def problem(self, saved: Operands) -> Any:
+        """The problem of saved operands."""
+        if self.one_table:
+            tables = [saved[self.rules.table] for _ in self.same]
+            saved = (*saved[: self.rules.first], *tables, *saved[self.rules.last :])
+        return self.rules.problem(*saved, *self.options)
+
+
+def kind_of(
+    rules: Rules, operands: Operands, same: tuple[bool, ...], options: tuple[Any, ...], backend: str | None
+) -> Kind:
+    """The kind of a call, whose operands are checked if it is new."""
+    kind = operands[0].device.type
+    distinct = operands if False in same else (*operands[: rules.first], *operands[rules.last :])
+    key = (
+        rules.op,
+        same,
+        options,
+        backend,
+        forced.get(),
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        torch.is_grad_enabled(),
+        *[None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in distinct],
+    )
+    found = _kinds.get(key)
+    if found is None:
+        found = Kind(rules, operands, same, options, backend)
+        if len(_kinds) >= MOST:
+            _kinds.clear()
+        _kinds[key] = found
+    return found
+
+
+def layouts(tensors: Operands) -> list[tuple[Any, ...] | None]:
+    """Dtypes and strides."""
+    return [None if x is None else (x.dtype, x.stride()) for x in tensors]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for, if it is on; float64 is left alone."""
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def clean(x: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """``x`` in ``dtype``, its last axis contiguous."""
+    if x is None or dtype is None:
+        return x
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.compiler.assume_constant_result
+def chosen(op: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    return choose(op, device, dtype, backend)
+
+
+def recording(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply``, without what it does for functorch where no transform of it is active."""
+    apply = super(torch.autograd.Function, function).apply
+
+    def record(*args: Any) -> Any:
+        return function.apply(*args) if torch._C._are_functorch_transforms_active() else apply(*args)
+
+    return record
