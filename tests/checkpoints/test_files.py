@@ -47,6 +47,7 @@ def test_an_unknown_class_is_named_and_not_made(tmp_path):
         ({"model": STATE, "model_ema": {"a": torch.zeros(1)}}, None, "model"),
         ({"model": {"a": torch.zeros(1)}, "model_ema": STATE}, "model_ema", "model_ema"),
         ({"state_dict": STATE, "optimizer": {}}, None, "state_dict"),
+        ({"module": {f"module.{key}": value for key, value in STATE.items()}}, None, "module"),
         ({"model": {f"module.{key}": value for key, value in STATE.items()}}, None, "model"),
         ({"state_dict": {f"module._orig_mod.{key}": value for key, value in STATE.items()}}, None, "state_dict"),
         ({"state_dict": {f"backbone.{key}": value for key, value in STATE.items()}}, None, "state_dict"),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 ENTRIES = (                                                     # first found is taken
-    "model", "state_dict", "model_state_dict", "network_weights", "model_ema", "state_dict_ema",
+    "model", "state_dict", "model_state_dict", "network_weights", "module", "model_ema", "state_dict_ema",
 )  # fmt: skip
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")     # prefixes of DDP, compile, mm* and Lightning
 
