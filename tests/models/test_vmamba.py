@@ -188,6 +188,84 @@ def test_heads_start_as_published():
         VMamba(depths=(1, 1), dim=64, mixer="heads", init="uniform", dt_rank=3)
 
 
+def plain_vmamba(p, x, depths, mix):
+    """Section 2: the map of each stage, (B, H, W, C) like x; ``mix(p, x)`` with the entries of one ``op``."""
+    def conv(x, name, stride, padding):
+        y = F.conv2d(x.permute(0, 3, 1, 2), p[f"{name}.weight"], p[f"{name}.bias"], stride, padding)
+        return y.permute(0, 2, 3, 1)
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
+
+    if "patch_embed.5.weight" in p:
+        x = F.gelu(norm(conv(x, "patch_embed.0", 2, 1), "patch_embed.2"))
+        x = norm(conv(x, "patch_embed.5", 2, 1), "patch_embed.7")
+    else:
+        x = norm(conv(x, "patch_embed.0", 4, 0), "patch_embed.2")
+    maps = []
+    for i, depth in enumerate(depths):
+        for j in range(depth):
+            b = f"layers.{i}.blocks.{j}."
+            x = x + mix({k.removeprefix(f"{b}op."): v for k, v in p.items() if k.startswith(f"{b}op.")},
+                        norm(x, f"{b}norm"))  # fmt: skip
+            if f"{b}mlp.fc1.weight" in p:
+                h = F.gelu(F.linear(norm(x, f"{b}norm2"), p[f"{b}mlp.fc1.weight"], p[f"{b}mlp.fc1.bias"]))
+                x = x + F.linear(h, p[f"{b}mlp.fc2.weight"], p[f"{b}mlp.fc2.bias"])
+        maps.append(x)
+        down = f"layers.{i}.downsample."
+        if f"{down}reduction.weight" in p:
+            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+            x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+            x = norm(x, f"{down}norm") @ p[f"{down}reduction.weight"].T
+        elif f"{down}1.weight" in p:
+            side = p[f"{down}1.weight"].shape[-1]
+            x = norm(conv(x, f"{down}1", 2, side // 2 if side == 3 else 0), f"{down}3")
+    return maps
+
+
+WHOLE = {
+    "vanilla": ({"forward_type": "v0", "mlp_ratio": 0.0, "downsample_version": "v1", "patchembed_version": "v1",
+                 "norm_layer": "ln"}, "act"),
+    "v2": ({"ssm_d_state": 1, "ssm_ratio": 1.0, "ssm_conv_bias": False}, None),
+    "conv2": ({"downsample_version": "v2", "norm_layer": "ln"}, None),
+    "m2": ({"forward_type": "m0_noz", "norm_layer": "ln", "ssm_init": "v2", "ssm_act_layer": "gelu"}, "heads"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_whole_model_is_that_of_the_sheet(kind):
+    """Classifier, backbone and the gradient of the images, of odd sizes and five channels."""
+    options, gate = WHOLE[kind]
+    kwargs = {**NARROW, "dims": 16, "in_chans": 5, "depths": [1, 2, 1], **options}
+    built = published(VSSM, kwargs)
+    model, x = built.model.double(), torch.randn(1, 5, 29, 38, dtype=torch.double, requires_grad=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.rand_like(parameter))
+    p = {key: value.detach() for key, value in to_published(model.state_dict(), built.keys).items()}
+
+    def mix(p, x):
+        return plain_heads(p, x) if gate == "heads" else plain_ss2d(p, x, "cross2d", gate, "layer", False, "silu")
+
+    maps = plain_vmamba(p, x.permute(0, 2, 3, 1), kwargs["depths"], mix)
+    y = F.layer_norm(maps[-1], maps[-1].shape[-1:], p["classifier.norm.weight"], p["classifier.norm.bias"])
+    expected = y.mean((1, 2)) @ p["classifier.head.weight"].T + p["classifier.head.bias"]
+    y = model(x)
+    assert error(y, expected) < TOLERANCE[torch.float64]
+    ours, theirs = (torch.autograd.grad(logits[:, 1].sum(), x, retain_graph=True)[0] for logits in (y, expected))
+    assert error(ours, theirs) < TOLERANCE[torch.float64]
+    del kwargs["num_classes"]
+    built = published(BACKBONE, {**kwargs, "out_indices": (0, 2)})
+    names = [(i, f"outnorm{i}.{name}") for i in (0, 2) for name in ("weight", "bias")]
+    norms = {name: torch.randn(16 * 2**i, dtype=torch.double) for i, name in names}
+    entries = {**{key: value for key, value in p.items() if not key.startswith("classifier.")}, **norms}
+    backbone = built.model.double()
+    backbone.load_state_dict(to_ours(entries, built.keys, shapes_of(backbone)))
+    for i, y in zip((0, 2), backbone(x), strict=True):
+        wanted = F.layer_norm(maps[i], maps[i].shape[-1:], norms[f"outnorm{i}.weight"], norms[f"outnorm{i}.bias"])
+        assert error(y, wanted.permute(0, 3, 1, 2)) < TOLERANCE[torch.float64]
+
+
 @pytest.mark.parametrize(
     "options", [{"ssm_conv": 1}, {"ssm_conv_bias": False}, {"ssm_act_layer": "gelu"}, {"ssm_ratio": 1.5}]
 )
