@@ -53,11 +53,18 @@ def importing(name: str):
 
 
 def test_models_lists_the_zoo(capsys):
-    assert cli.main(["models", "vmamba_t*"]) == 0
+    assert cli.main(["models", "vmamba_t*", "--pretrained"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["model", "task", "parameters"]
     assert [row.split()[0] for row in rows] == ["vmamba_tiny", "vmamba_tiny_s1l8", "vmamba_tiny_s2l5"]
     assert "82.6 %" in rows[0]
+
+
+def test_models_for_tests_are_listed_where_they_are_asked_for(capsys):
+    assert cli.main(["models", "--family", "vssd"]) == 0
+    assert "test_vssd" not in capsys.readouterr().out
+    assert cli.main(["models", "test_vs*"]) == 0
+    assert "test_vssd" in capsys.readouterr().out
 
 
 def test_models_that_do_not_exist_are_no_success(capsys):

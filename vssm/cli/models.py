@@ -85,9 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--params-below", type=float, metavar="N", help="only models with fewer parameters, 30e6")
     parser.add_argument("--flops", action="store_true", help="count GFLOPs too, a second or two for each model")
     args = parser.parse_args(argv)
+    asked = any(pattern.startswith("test_") for pattern in args.pattern)  # for the models that tests use
     try:
         names = list_models(
-            args.pattern, pretrained=args.pretrained, task=args.task, family=args.family, scan=args.scan,
+            args.pattern, exclude=() if asked else "test_*", pretrained=args.pretrained, task=args.task,
+            family=args.family, scan=args.scan,
             license=args.license, params_below=args.params_below,
         )  # fmt: skip
     except ValueError as error:
