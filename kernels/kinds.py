@@ -136,7 +136,7 @@ def chosen(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
 
 def recording(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply``, without what it does for functorch where no transform of it is active."""
-    apply = super(torch.autograd.Function, function).apply
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def record(*args: Any) -> Any:
         return function.apply(*args) if torch._C._are_functorch_transforms_active() else apply(*args)

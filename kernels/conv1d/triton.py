@@ -60,7 +60,7 @@ def forward(p: Problem, kind: Kind | None = None) -> tuple[Tensor, Tensor]:
     options = ("convolve", found.complete, LARGE, p.silu, p.revisits)
     shortcut = None if kind is None else partial(shorten, kind, LARGE, found)
     y, last = replayed(lambda: _forward(p, direct, found), (*p.distinct, *found.tensors), options, kind, shortcut)
-    return y, last  # type: ignore[return-value]
+    return y, last
 
 
 def _forward(p: Problem, direct: bool, found: Visits) -> list[Tensor | None]:

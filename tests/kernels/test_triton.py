@@ -62,6 +62,7 @@ from kernel_cases import conv_inputs, scan_inputs
 from tolerance import error
 from vssm.kernels.conv1d.problem import Problem as Conv
 from vssm.kernels.selective_scan.problem import Problem as Scan
+from vssm.kernels.selective_scan.triton_forward import pass_states
 
 def check(op, problem, names, inputs, **rest):
     compiled, definition = (import_module(f"vssm.kernels.{op}.{name}") for name in ("triton", "reference"))
@@ -87,6 +88,16 @@ rest = dict(table=again, read=again, write=again, delta_softplus=True, merge=Fal
 check("selective_scan", Scan, scan, scan_inputs(2, 2, 7, 5, 1, shared="B C"), **rest)
 rest = dict(table=once[:1], read=once[:1], write=once[:1], delta_softplus=True, merge=False, revisits=False)
 check("selective_scan", Scan, scan, scan_inputs(1, 1, 7, 4, 2), **rest)
+for reverse in (False, True):
+    b, k, chunks, n, d = 1, 2, 19, 2, 3
+    chunked, A, first = torch.rand(b, chunks, k, n + 2, d), -torch.rand(k, d, n), torch.rand(b, k, d, n)
+    h, expected = first.transpose(2, 3), chunked.clone()
+    for c in reversed(range(chunks)) if reverse else range(chunks):
+        expected[:, c, :, :n] = h
+        h = torch.exp(chunked[:, c, :, n, :, None] * A).transpose(2, 3) * h + chunked[:, c, :, :n]
+    sizes = *A.stride()[:2], 1, *first.stride()[:3], k, d, n, chunks
+    pass_states[(k * n * b,)](chunked, A, first, *sizes, REVERSE=reverse, BLOCK_C=8, BLOCK_D=32, EXACT=True)
+    assert error(chunked[..., :n, :], expected[..., :n, :]) < 1e-5
 rest = dict(table=once, write=once, silu=True, revisits=False)
 check("conv1d", Conv, ("x", "weight", "bias", "initial_state"), conv_inputs(2, 2, 7, 5, 4, shared="x"), **rest)
 """
@@ -221,7 +232,7 @@ def test_random_shapes_agree_with_the_definition():
 @gpu
 def test_a_call_that_is_repeated_uses_its_own_tensors():
     """The second call of a kind follows the recipe of the first: other values, another table, other results."""
-    for seed in (0, 1):
+    for seed in (0, 1):  # and the third call takes the shortcut
         torch.manual_seed(seed)
         inputs = rounded(scan_inputs(2, 2, 120, 32, 16, shared="u"), torch.bfloat16)
         options = dict(delta_softplus=True, table=permutations(2, 120), merge="sum", revisits=False)
@@ -303,12 +314,12 @@ def test_a_cuda_graph_replays_the_scan():
 
 @gpu
 def test_the_driver_and_tritons_launcher_do_the_same(monkeypatch):
-    """The first call is made, the second replayed by the driver, the third replayed by Triton."""
+    """The first call is made, the second replayed by the driver, the third by a shortcut, the last one by Triton."""
     replay = import_module("vssm.kernels.triton_replay")
     inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(2, 2, 300, 32, 16, shared="u").items()}
     run = partial(value_and_grads, partial(selective_scan, backend="triton"), inputs, delta_softplus=True)
     run = partial(run, table=permutations(2, 300).cuda(), merge="sum", revisits=False)
-    made, directly = run(), run()
+    made, directly, shorter = run(), run(), run()
     assert any(recipe is not None and recipe.direct is not None for recipe in replay._recipes.values())
     monkeypatch.setattr(replay.triton_direct, "arguments", lambda *_: None)
     monkeypatch.setattr(replay, "_recipes", {})
@@ -317,6 +328,7 @@ def test_the_driver_and_tritons_launcher_do_the_same(monkeypatch):
     assert all(recipe is None or recipe.direct is None for recipe in replay._recipes.values())
     for name, value in made.items():
         assert torch.equal(value, directly[name]), name
+        assert torch.equal(value, shorter[name]), name
         assert torch.equal(value, by_triton[name]), name
 
 
@@ -418,10 +430,10 @@ def test_the_convolution_agrees_with_the_definition(dtype, revisits):
     expected = value_and_grads(partial(causal_conv1d, backend="reference"), double, **options)
     moved = {name: x.cuda() for name, x in inputs.items()}
     options["table"] = table.cuda()
-    first, second = (value_and_grads(partial(causal_conv1d, backend="triton"), moved, **options) for _ in range(2))
+    first, *again = (value_and_grads(partial(causal_conv1d, backend="triton"), moved, **options) for _ in range(3))
     assert_close(first, expected, TOLERANCE[dtype])
     for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+        assert all(torch.equal(value, other[name]) for other in again), name
 
 
 @gpu
