@@ -61,8 +61,8 @@ def causal_conv1d(
         bias: (d) or (k, d).
         activation: None or ``"silu"``.
         table: The cell of each step, integers, (k, t), or (b, k, t) if the order depends on the sample; None reads the
-            cells as they lie. A row may revisit cells or leave some out. Entry l is padding: x reads 0, y is dropped. A CUDA graph keeps the order that it was
-            captured with.
+            cells as they lie. A row may revisit cells or leave some out. Entry l is padding: x reads 0, y is dropped.
+            A CUDA graph keeps the order that it was captured with.
         write: Where y is written: None for ``table``, ``"steps"`` to leave y in step order, or a table. What a row
             writes to one cell adds up in step order; a cell that it never writes is 0.
         initial_state: The w - 1 inputs before the first step, the latest one last, (b, k, d, w - 1); zero if None.

@@ -65,8 +65,8 @@ def selective_scan(
         delta_softplus: Pass delta through softplus.
         table: The cell of each step, integers, (k, t), or (b, k, t) if the order depends on the sample; None reads the
             cells as they lie. A row may revisit cells (their outputs add up in step order) or leave some out (their
-            output is 0). Entry l is padding: u, B and C read 0 there, delta reads 0 before its bias, y is dropped. A CUDA graph keeps the order that it was
-            captured with.
+            output is 0). Entry l is padding: u, B and C read 0 there, delta reads 0 before its bias, y is dropped.
+            A CUDA graph keeps the order that it was captured with.
         read: Where delta, B and C are read: None for ``table``, ``"steps"`` for entry t at step t, or a table.
         write: Where y is written: None for ``table``, ``"steps"`` to leave y in step order, or a table.
         merge: ``"sum"`` adds the rows of y.
