@@ -10,6 +10,7 @@ from PIL import Image
 
 pytest.importorskip("monai", reason="needs the extra medical")
 
+from vssm.cli.predict import main as predict
 from vssm.data.augmentation import SliceAugment
 from vssm.data.loading import Loader
 from vssm.data.preparation import Preparation, Split
@@ -70,7 +71,7 @@ def test_frames_are_channels(root):
 
 
 @pytest.mark.parametrize("augment", [None, SliceAugment()], ids=["plain", "augmented"])
-def test_vivim_is_trained_and_answers_for_the_middle_frame(root, tmp_path, augment):
+def test_vivim_is_trained_and_answers_for_the_middle_frame(root, tmp_path, augment, capsys):
     data = clips(root, augment=augment, predict=str(root / "images"))
     task = Segmentation("test_vivim", 1, 3)
     writer = PredictionWriter(str(tmp_path / "out.csv"))
@@ -83,6 +84,10 @@ def test_vivim_is_trained_and_answers_for_the_middle_frame(root, tmp_path, augme
     files = sorted((tmp_path / "out").iterdir())
     assert [file.name for file in files] == [f"v{video}_{i}.png" for video in range(3) for i in range(4)]
     assert Image.open(files[0]).size == (36, 40)
+
+    trainer.save_checkpoint(tmp_path / "vivim.ckpt", weights_only=False)
+    assert predict([str(tmp_path / "vivim.ckpt"), str(root / "images" / "v0")]) == 2
+    assert "takes clips of 5 frames: run `vssm train predict" in capsys.readouterr().err
 
     clip = torch.randn(2, 5, 3, 32, 32)
     task.eval()

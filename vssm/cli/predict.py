@@ -54,6 +54,11 @@ def main(argv: list[str] | None = None) -> int:
         asked = {name: getattr(options, name) for name in ("flips", "overlap", "batch_size")}
         given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         task.inference = replace(task.inference, **given)
+        if task.frames > 1:
+            raise ValueError(
+                f"the network of {options.checkpoint} takes clips of {task.frames} frames: run `vssm train predict "
+                "--config RUN/config.yaml --ckpt_path best --data.init_args.predict FOLDER`"
+            )
         cases = cases_to_predict("vssm predict", options.inputs)
         names = [case.name for case in cases]
         twice = sorted({name for name in names if names.count(name) > 1})

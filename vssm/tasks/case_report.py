@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from vssm.checkpoints.files import written_whole
 from vssm.tasks.report import write_table
@@ -40,8 +43,10 @@ class Picture:
             slices.append((*cut, float(spacing_mm[width] / spacing_mm[height])))
         return cls(name, tuple(slices))
 
-    def draw(self, file: Path, classes: int) -> None:
-        """Write a PNG: a row for each slice; image, truth and prediction beside each other."""
+    def draw(self, file: Path, class_names: Sequence[str]) -> None:
+        """Write a PNG: a row for each slice; image, truth and prediction, and below what the colours mean."""
+        top = 10 if len(class_names) <= 11 else 20
+        colors = matplotlib.colormaps[f"tab{top}"]
         figure = Figure(figsize=(9, 3 * len(self.slices)), layout="constrained")
         grid = figure.subplots(len(self.slices), 3, squeeze=False)
         for row, (image, truth, predicted, aspect) in zip(grid, self.slices):
@@ -50,13 +55,13 @@ class Picture:
                 axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
                 if label is not None:
                     shown = np.ma.masked_equal(label, 0)
-                    colors = "tab10" if classes <= 11 else "tab20"
-                    top = 10 if classes <= 11 else 20
                     axes.imshow((shown - 1) % top, cmap=colors, vmin=0, vmax=top - 1, alpha=0.55, aspect=aspect,
                                 interpolation="nearest")
                 axes.set_title(title if axes in grid[0] else "")
                 axes.set_axis_off()
         figure.suptitle(self.name)
+        patches = [Patch(color=colors((number - 1) % top)) for number in range(1, len(class_names))]
+        figure.legend(patches, class_names[1:], loc="outside lower center", ncols=min(len(patches), 5))
         FigureCanvasAgg(figure)
         with written_whole(file) as part:
             figure.savefig(part, dpi=100, format="png")
@@ -96,4 +101,4 @@ class CaseReport(Callback):
         if draw:
             self._drawn = time.monotonic()
             for picture in pl_module.case_pictures:
-                picture.draw(folder / "overlays" / f"{split}_{picture.name}.png", len(pl_module.class_names))
+                picture.draw(folder / "overlays" / f"{split}_{picture.name}.png", pl_module.class_names)
