@@ -3,6 +3,7 @@
 Triton's launcher reads all arguments of a kernel, sixty here, at each launch. Those of a call that is repeated differ
 in the addresses of its tensors alone, so they stand in memory once, as the driver reads them: sizes and strides as they
 were, addresses in a table that all kernels of the call share. A call then fills the table, and names each kernel.
+Profilers that watch the device or the driver see these launches; hooks on Triton's launcher (Proton's) do not.
 """
 
 from __future__ import annotations
