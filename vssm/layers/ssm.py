@@ -112,9 +112,9 @@ class SelectiveSSM(nn.Module):
         """Raw step sizes (b, k, l, d) from their factors (b, k, l, r) and (k, d, r).
 
         A product a sample and row: the gradient of the weight then sums over few cells at a time, which a GPU does in
-        parallel; over all samples it took a fifth of a training step of VMamba. Ranks are filled up for matrix units.
+        parallel; over all samples it took a fifth of a training step of VMamba. Ranks are filled up for GPUs.
         """
-        fill = -self.splits[0] % 8
+        fill = -self.splits[0] % 8 if dt.is_cuda else 0
         if fill:
             dt, weight = nn.functional.pad(dt, (0, fill)), nn.functional.pad(weight, (0, fill))
         return dt @ weight.mT
