@@ -20,9 +20,9 @@ from torch import Tensor
 from vssm.kernels.triton_launch import cdiv, launch, on, power_of_2
 
 TILE = 2048  # elements that a program has in hand: 16 a thread
-PROGRAMS = 1024  # that sum, at most, if the chunks do not get small
+PROGRAMS = 4096  # that sum, at most, if the chunks do not get small: many, so that no multiprocessor waits for long
 
-VARY = ("x_b", "x_n", "r_b", "r_n", "g_b", "g_n", "cells", "units", "chunk", "pieces")
+VARY = ("x_b", "x_n", "r_b", "r_n", "g_b", "g_n", "cells", "units", "wide", "chunk", "pieces")
 
 
 @triton.jit
@@ -210,10 +210,10 @@ def means(
 @triton.jit(do_not_specialize=VARY)
 def differences(
     grad, source, residual, stats, stats_r, mean_of, dx, dr,
-    g_b, g_n, x_b, x_n, r_b, r_n, cells, units,
+    g_b, g_n, x_b, x_n, r_b, r_n, cells, units, wide,
     SLOPE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx, and dr if there is room for it, (b, n, c)."""
+    """dx, (b, n, wide UNIT), zero behind its channels, and dr, (b, n, c), if there is room for it."""
     c, in_c, begin, _, b, C = place(cells, units, BLOCK_N, UNIT, BLOCK_C)
     n = begin + tl.arange(0, BLOCK_N)
     inside = (n < cells)[:, None] & in_c[None, :]
@@ -231,9 +231,11 @@ def differences(
     mean_of += b * 3 * C + c
     of_dz = tl.load(mean_of, mask=in_c, other=0.0)[None, :]
     of_h = tl.load(mean_of + C, mask=in_c, other=0.0)[None, :]
-    at = ((b * cells + n) * C)[:, None] + c[None, :]
-    tl.store(dx + at, (scale * (dz - of_dz - h * of_h)).to(dx.dtype.element_ty), mask=inside)
+    value = tl.where(in_c[None, :], scale * (dz - of_dz - h * of_h), 0.0)
+    at = ((b * cells + n) * (wide * UNIT))[:, None] + c[None, :]
+    tl.store(dx + at, value.to(dx.dtype.element_ty), mask=(n < cells)[:, None] & (c < wide * UNIT)[None, :])
     if dr is not None:
+        at = ((b * cells + n) * C)[:, None] + c[None, :]
         if NORMED:
             of_r = tl.load(mean_of + 2 * C, mask=in_c, other=0.0)[None, :]
             dz = scale_r * (dz - of_dz - r * of_r)
@@ -260,14 +262,25 @@ def forward(
 
 
 def backward(
-    grad: Tensor, source: Tensor, residual: Tensor | None, stats: Tensor, stats_r: Tensor | None, slope: float
+    grad: Tensor,
+    source: Tensor,
+    residual: Tensor | None,
+    stats: Tensor,
+    stats_r: Tensor | None,
+    slope: float,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of the residual, contiguous. ``source`` is x if the slope is 0, or y."""
+    """Gradients of x and of the residual, contiguous. ``source`` is x if the slope is 0, or y.
+
+    That of x may be given more channels, up to ``widest(c)``, which are zero.
+    """
     grad, source, residual = dense(grad), dense(source), None if residual is None else dense(residual)
     b, cells, c = source.shape
-    dx = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    width = c if width is None else width
+    assert c <= width <= widest(c)
+    dx = torch.empty((b, cells, width), dtype=source.dtype, device=source.device)
     plain = slope == 1 and stats_r is None  # dr is grad itself
-    dr = None if residual is None or plain else torch.empty(dx.shape, dtype=residual.dtype, device=dx.device)
+    dr = None if residual is None or plain else torch.empty(source.shape, dtype=residual.dtype, device=dx.device)
     unit, block_c, units = _columns(c)
     chunk, pieces = _chunks(b, cells, c)
     parts = torch.empty((b, pieces, 3, c), dtype=torch.float32, device=source.device)
@@ -283,14 +296,20 @@ def backward(
         )  # fmt: skip
         launch(
             means, cdiv(c, 32) * sums * b, (parts, mean_of, cells, units, pieces),
-            dict(SUMS=sums, UNIT=unit, BLOCK_S=64, BLOCK_C=32), 4,
+            dict(SUMS=sums, UNIT=unit, BLOCK_S=256, BLOCK_C=32), 8,
         )  # fmt: skip
         launch(
             differences, cdiv(cells, TILE // block_c) * cdiv(c, block_c) * b,
-            (*operands, mean_of, dx, dr, *strides, cells, units),
+            (*operands, mean_of, dx, dr, *strides, cells, units, width // unit),
             dict(SLOPE=slope, UNIT=unit, BLOCK_N=TILE // block_c, BLOCK_C=block_c), 4,
         )  # fmt: skip
     return dx, grad if residual is not None and plain else dr
+
+
+def widest(c: int) -> int:
+    """Channels that the blocks of channels cover."""
+    block_c = _columns(c)[1]
+    return cdiv(c, block_c) * block_c
 
 
 def _statistics(x: Tensor, eps: float) -> Tensor:
@@ -306,7 +325,7 @@ def _statistics(x: Tensor, eps: float) -> Tensor:
     )  # fmt: skip
     launch(
         statistics, cdiv(c, 32) * b, (x, parts, stats, x_b, cells, units, pieces),
-        dict(EPS=eps, UNIT=unit, BLOCK_S=64, BLOCK_C=32), 4,
+        dict(EPS=eps, UNIT=unit, BLOCK_S=256, BLOCK_C=32), 8,
     )  # fmt: skip
     return stats
 

@@ -105,6 +105,11 @@ agree(call, (1, 300, 12), torch.float32, "added", 0.01)
 agree(call, (1, 5, 5), torch.float32, "added", 1.0)
 agree(call, (1, 200, 96), torch.bfloat16, "none", 0.0)
 agree(call, (2, 400, 48), torch.bfloat16, "normed", 0.01)
+x, grad = torch.randn(2, 2, 50, 48)
+y, *stats = kernels.forward(x, None, False, 0.01, 1e-5)
+dx, _ = kernels.backward(grad, y, None, *stats, 0.01)
+wide, _ = kernels.backward(grad, y, None, *stats, 0.01, 64)
+assert torch.equal(wide[..., :48], dx) and not wide[..., 48:].any()
 """
 
 

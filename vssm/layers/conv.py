@@ -27,12 +27,16 @@ class SameConv3d(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int, size: int, bias: bool = True):
         super().__init__(in_channels, out_channels, size, padding=size // 2, bias=bias)
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, width: int | None = None) -> Tensor:
+        """``width``: channels of the result, zero behind C'; x may have such too. In half precision on a GPU alone."""
         dtype = half(x)
-        if dtype is None or x.shape[1] % 8 or weight.shape[0] % 8:
-            return super()._conv_forward(x, weight, bias)
-        y = _ByGradient.apply(x.to(dtype), weight.to(dtype), self.padding)
-        return y if bias is None else y + bias.to(dtype).view(-1, 1, 1, 1)
+        if dtype is None or x.shape[1] % 4 or self.out_channels % 8:
+            return super().forward(x)
+        fill = (0, x.shape[1] - self.in_channels, 0, (width or self.out_channels) - self.out_channels)
+        weight = self.weight.to(dtype)
+        weight = nn.functional.pad(weight, (0, 0) * 3 + fill) if any(fill) else weight
+        y = _ByGradient.apply(x.to(dtype), weight, self.padding)
+        return y if self.bias is None else y + self.bias.to(dtype).view(-1, 1, 1, 1)
 
 
 class HalvingConv3d(nn.Conv3d):

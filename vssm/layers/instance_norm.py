@@ -32,14 +32,16 @@ class InstanceNorm(nn.Module):
         self.slope, self.eps = float(slope), float(eps)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, normed: bool = False) -> Tensor:
-        """``normed``: normalise the residual as well."""
+        """``normed``: normalise the residual as well. Channels of x behind those of the residual are dropped."""
         # A compiler fuses the formula, and foresees strides that may not come true; a tracer cannot save a Function.
         if traced(x) or x.numel() == 0:
-            return self.plain(x, residual, normed)
+            return self.plain(x if residual is None else x[:, : residual.shape[1]], residual, normed)
         if x.shape[2:].numel() == 1:
             raise ValueError(f"InstanceNorm: a channel of one cell has no variance; got a map {tuple(x.shape)}")
-        if _has_kernels(x):
+        if has_kernels(x):
             return _KernelNorm.apply(x, residual, normed, self.slope, self.eps)
+        if residual is not None:
+            x = x[:, : residual.shape[1]]
         if residual is not None and normed:
             residual = _InstanceNorm.apply(residual, None, 1.0, self.eps)
         if self.slope == 0:
@@ -63,7 +65,7 @@ class InstanceNorm(nn.Module):
         return f"slope={self.slope}, eps={self.eps}"
 
 
-def _has_kernels(x: Tensor) -> bool:
+def has_kernels(x: Tensor) -> bool:
     """Whether the GPU kernels take ``x``: its channels lie last."""
     if not x.is_cuda and x.device.type != "xpu":
         return False
@@ -75,18 +77,20 @@ class _KernelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, normed: bool, slope: float, eps: float) -> Tensor:
         kernels = implementation("instance_norm", "triton")
-        tokens = to_tokens(x)
-        others = None if residual is None else to_tokens(residual)
+        tokens, others = to_tokens(x), None
+        if residual is not None:
+            others = to_tokens(residual)
+            tokens = tokens[..., : others.shape[-1]]
         y, stats, stats_of_residual = kernels.forward(tokens, others, normed, slope, eps)
         ctx.save_for_backward(y if slope else tokens, others, stats, stats_of_residual)
-        ctx.slope, ctx.grid = slope, x.shape[2:]
+        ctx.slope, ctx.width, ctx.grid = slope, x.shape[1], x.shape[2:]
         return to_map(y, ctx.grid)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernels = implementation("instance_norm", "triton")
-        dx, dresidual = kernels.backward(to_tokens(grad), *ctx.saved_tensors, ctx.slope)
+        dx, dresidual = kernels.backward(to_tokens(grad), *ctx.saved_tensors, ctx.slope, ctx.width)
         return to_map(dx, ctx.grid), None if dresidual is None else to_map(dresidual, ctx.grid), None, None, None
 
 

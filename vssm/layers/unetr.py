@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vssm.layers.again import MadeAgain
-from vssm.layers.conv import CONVS, TRANSPOSED, same_conv
-from vssm.layers.instance_norm import InstanceNorm
+from vssm.layers.conv import CONVS, TRANSPOSED, SameConv3d, half, same_conv
+from vssm.layers.instance_norm import InstanceNorm, has_kernels
 
 SLOPE = 0.01
 
@@ -31,11 +31,22 @@ class ResidualBlock(nn.Module):
         self.norm_act = InstanceNorm(SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(self.norm_act(self.conv1(x)))
+        inner = self.inner_width(x)
+        y = self.conv1(x, inner) if inner else self.conv1(x)
+        y = self.conv2(self.norm_act(y), inner) if inner else self.conv2(self.norm_act(y))
         if self.conv3 is None:
             return self.norm_act(y, x)
         with MadeAgain() as again:
             return self.norm_act(y, again.later(self.conv3(x), self.conv3, x), normed=True)
+
+    def inner_width(self, x: Tensor) -> int | None:
+        """Channels between the convolutions where they are more than needed, zeros that stay zero through the norm.
+
+        With 64 channels on both sides cuDNN's convolutions take half the time that they take with 48.
+        """
+        channels = self.conv2.out_channels
+        fits = isinstance(self.conv2, SameConv3d) and 32 < channels < 64 and channels % 8 == 0 and x.shape[1] % 4 == 0
+        return 64 if fits and half(x) is not None and has_kernels(x) else None
 
 
 class UpBlock(nn.Module):

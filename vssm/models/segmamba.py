@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
 from vssm.layers.again import MadeAgain, Make
-from vssm.layers.conv import CONVS, ConvMixer, same_conv
+from vssm.layers.conv import CONVS, ConvMixer, halving_conv, same_conv
 from vssm.layers.instance_norm import InstanceNorm
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
@@ -86,7 +86,7 @@ class VolumeMixer(ScanMixer):
         """B, C and the factors of the steps, views of one tensor, (b, k, l, ·)."""
         rank, states, _ = self.ssm.splits
         dt, gates = self.ssm.x_proj.split((rank, 2 * states), 1)
-        fill = -(rank + 2 * states) % 8
+        fill = -(rank + 2 * states) % 8 if u.is_cuda else 0
         low = u @ torch.cat([gates, nn.functional.pad(dt, (0, 0, 0, fill))], 1).mT
         B, C, dt = low.split((states, states, rank + fill), -1)
         return B, C, dt
@@ -190,7 +190,7 @@ class SegMamba(Segmenter):
         conv = CONVS[spatial_dims]
         self.stages = nn.ModuleList()
         for i, (depth, dim) in enumerate(zip(depths, features, strict=True)):
-            shrink = conv(features[i - 1], dim, 2, stride=2) if i else conv(in_channels, dim, 7, stride=2, padding=3)
+            shrink = conv(features[i - 1], dim, 2, stride=2) if i else halving_conv(spatial_dims, in_channels, dim, 7)
             downsample = nn.Sequential(InstanceNorm(), shrink) if i else nn.Sequential(shrink)
             blocks = [MambaBlock(dim, make_mixer(i)) for _ in range(depth)]
             self.stages.append(Stage(downsample, SpatialGate(dim, spatial_dims), blocks, dim))
