@@ -108,7 +108,7 @@ def test_resuming_inside_an_epoch_refuses_another_order(tmp_path, folder):
     run(tmp_path, config, "short")
     with pytest.raises(ValueError, match=r"ImageFolder: a run resumes inside an epoch only with the order it had"):
         run(tmp_path, {**config, "trainer": {**config["trainer"], "max_steps": 9}}, "short", "--ckpt_path", "last",
-            "--data.init_args.loader.batch_size=3")
+            "--data.init_args.loader.batch_size=2")
 
 
 def test_last_is_refused_where_there_is_none(tmp_path, folder, capsys):
