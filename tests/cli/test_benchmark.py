@@ -79,13 +79,12 @@ def test_a_model_of_every_kind_infers_and_trains(name, size, monkeypatch):
     monkeypatch.setattr(_benchmark_models, "setting", lambda name: _benchmark_models.Setting(size, 1, 2))
     seen = []
 
-    def step(call, count, mode, alone):
-        with alone():
-            call(count)
-        seen.append(call)
+    def timed(step, graphed):
+        step()
+        seen.append(step)
         return 20.0 * len(seen), 0.5
 
-    monkeypatch.setattr(_benchmark_models, "_step", step)
+    monkeypatch.setattr(_benchmark_models, "_timed", timed)
     rows = list(_benchmark_models.models([name], ["eager"], torch.bfloat16, False, 1, 60))
     (row,) = rows
     assert not row.get("error")
@@ -97,10 +96,11 @@ def test_a_model_of_every_kind_infers_and_trains(name, size, monkeypatch):
 def test_what_fails_stands_in_its_row(monkeypatch):
     monkeypatch.setattr(_benchmark_models, "DEVICE", "cpu")
 
-    def step(call, count, mode, alone):
+    def timed(step, graphed):
         raise RuntimeError("no graph\nof this")
 
-    monkeypatch.setattr(_benchmark_models, "_step", step)
+    monkeypatch.setattr(_benchmark_models, "_timed", timed)
+    monkeypatch.setattr(_benchmark_models, "setting", lambda name: _benchmark_models.Setting((64, 64), 1, 1))
     rows = list(_benchmark_models.models(["test_vmamba"], ["eager", "graphed"], torch.bfloat16, True, 1, 60))
     assert [row["mode"] for row in rows] == ["eager without core", "graphed without core"]
     assert all(row["error"] == "RuntimeError: no graph of this" for row in rows)
@@ -136,30 +136,36 @@ esac
 
 
 def test_one_process_measures_at_a_time(tmp_path, monkeypatch):
-    """The second waits for the lock; cores are given back."""
+    """The second waits for the lock; cores are given back; compiled models wait for those who compile."""
     import os
     import threading
+    import time
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     cores = sorted(os.sched_getaffinity(0))
-    job = {"lock": str(tmp_path / "gpu"), "quiet": cores[:1], "rest": cores}
+    turns = _benchmark_models.SharedTurns(str(tmp_path / "gpu"), cores[:1], cores, time.monotonic() + 30)
     inside, order = threading.Event(), []
 
-    def second():
+    def second(mode):
         inside.wait()
-        with _benchmark_models._alone(job):
-            order.append("second")
+        with turns.alone(mode):
+            order.append(mode)
 
-    thread = threading.Thread(target=second)
-    thread.start()
-    with _benchmark_models._alone(job):
-        inside.set()
-        thread.join(0.2)
-        assert os.sched_getaffinity(0) == set(cores[:1])
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
-    assert os.sched_getaffinity(0) == set(cores)
+    for first, mode in ((turns.alone("eager"), "eager"), (turns.compiling(), "compiled")):
+        inside.clear()
+        thread = threading.Thread(target=second, args=(mode,))
+        thread.start()
+        with first:
+            inside.set()
+            thread.join(0.4)
+            assert os.sched_getaffinity(0) == set(cores[:1] if mode == "eager" else cores)
+            order.append("first")
+        thread.join()
+        assert os.sched_getaffinity(0) == set(cores)
+    assert order == ["first", "eager", "first", "compiled"]
+    turns.until = 0.0
+    with turns.compiling(), turns.alone("compiled"):  # waits no longer
+        pass
 
 
 def test_kernels_are_compared_by_device_time(monkeypatch):

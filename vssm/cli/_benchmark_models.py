@@ -202,10 +202,62 @@ def without_core(model: nn.Module) -> None:
             module.forward = identity  # type: ignore[method-assign]
 
 
+class Turns:
+    """Who uses a GPU while somebody is timed on it: nobody, as there is one process."""
+
+    def compiling(self) -> contextlib.AbstractContextManager[object]:
+        """While torch.compile works, which ends with kernels tried out on the GPU."""
+        return contextlib.nullcontext()
+
+    def alone(self, mode: str) -> contextlib.AbstractContextManager[object]:
+        """While this process is timed."""
+        return contextlib.nullcontext()
+
+
+class SharedTurns(Turns):
+    """One process of several is timed at a time, on cores that the others leave; compiled models when none compiles.
+
+    Args:
+        lock: A file for this GPU; a second one beside it is held by those who compile.
+        quiet, rest: Cores of the process that is timed, and of the others.
+        until: When to stop waiting for the others' compilations, in seconds of ``time.monotonic``.
+    """
+
+    def __init__(self, lock: str, quiet: Sequence[int], rest: Sequence[int], until: float):
+        self.lock, self.quiet, self.rest, self.until = lock, quiet, rest, until
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        import fcntl
+
+        with open(f"{self.lock}.compiling", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
+
+    @contextlib.contextmanager
+    def alone(self, mode: str) -> Iterator[None]:
+        import fcntl
+
+        torch.cuda.synchronize()
+        with open(f"{self.lock}.compiling", "a") as others, open(self.lock, "a") as lock:
+            while mode != "eager" and time.monotonic() < self.until:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(others, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(others, fcntl.LOCK_UN)
+                    break
+                time.sleep(0.2)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _move(self.quiet)
+            try:
+                yield
+            finally:
+                _move(self.rest)
+
+
 def measure(
-    name: str, modes: Sequence[str], dtype: torch.dtype, coreless: bool, alone: Callable[[], Any]
+    name: str, modes: Sequence[str], dtype: torch.dtype, coreless: bool, turns: Turns
 ) -> Iterator[dict[str, Any]]:
-    """A row a mode; where a mode fails, the row says why. ``alone`` is entered while something is timed."""
+    """A row a mode; where a mode fails, the row says why."""
     sizes = setting(name)
     each = work(name, sizes, DEVICE)
     if coreless:
@@ -232,37 +284,54 @@ def measure(
             optimizer.step()
 
         start = time.perf_counter()
-        try:
-            each.model.eval()
-            ms, gigabytes = _step(infer, sizes.inference, mode, alone)
-            row |= {"inference img/s": sizes.inference / ms * 1e3, "inference GB": gigabytes}
-            each.model.train()
-            ms, gigabytes = _step(train, sizes.training, mode, alone)
-            row |= {"training img/s": sizes.training / ms * 1e3, "training GB": gigabytes}
-        except Exception as error:  # reported in its row; the other modes and models go on
-            row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        steps = {"inference": partial(infer, sizes.inference), "training": partial(train, sizes.training)}
+        few = {"inference": partial(infer, min(2, sizes.inference)), "training": partial(train, min(2, sizes.training))}
+        compiles = mode == "compiled"
+        with turns.compiling() if compiles else contextlib.nullcontext():
+            for what, step in (steps if compiles else few).items():  # other kernels fit all batches
+                each.model.train(what == "training")
+                _try(step, row)
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()  # inference holds neither
+        torch.cuda.empty_cache()
+        with turns.alone(mode):
+            for what, step in steps.items() if "error" not in row else ():
+                each.model.train(what == "training")
+                if timed := _try(partial(_timed, step, mode == "graphed"), row):
+                    ms, gigabytes = timed
+                    row |= {f"{what} img/s": getattr(sizes, what) / ms * 1e3, f"{what} GB": gigabytes}
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         yield row | {"seconds": round(time.perf_counter() - start)}
 
 
-def _step(step: Callable[[int], None], count: int, mode: str, alone: Callable[[], Any]) -> tuple[float, float]:
+def _try(call: Callable[[], Any], row: dict[str, Any]) -> Any:
+    """What ``call`` returns, or None with the reason in the row: other modes and models go on.
+
+    Out of memory is no reason the first time: other processes may be at their first steps.
+    """
+    try:
+        return call()
+    except torch.OutOfMemoryError as error:
+        if isinstance(call, partial) and call.func is _timed:
+            row["error"] = f"OutOfMemoryError: {' '.join(str(error).split())[:200]}"
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return None
+
+
+def _timed(step: Callable[[], None], graphed: bool) -> tuple[float, float]:
     """Median milliseconds of a step, launches included, as a user sees it, or replayed; and its peak memory in GB."""
     from triton.testing import do_bench
 
-    with contextlib.suppress(torch.OutOfMemoryError):  # other models may be at their first step too; again when alone
-        step(count if mode == "compiled" else min(2, count))  # compiles, for all batches except under torch.compile
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    with alone():
-        for _ in range(3):
-            step(count)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        graph = captured(partial(step, count)) if mode == "graphed" else None
-        run = graph.replay if graph else partial(step, count)
-        ms = float(do_bench(run, warmup=150, rep=600, return_mode="median"))
-        return ms, torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    run = captured(step).replay if graphed else step
+    ms = float(do_bench(run, warmup=150, rep=600, return_mode="median"))
+    return ms, torch.cuda.max_memory_allocated() / 1e9
 
 
 def models(
@@ -271,7 +340,7 @@ def models(
     """Rows of all models, as they come; ``jobs`` models are made ready at once, each within ``limit`` seconds."""
     if jobs == 1:
         for name in names:
-            yield from measure(name, modes, dtype, coreless, contextlib.nullcontext)
+            yield from measure(name, modes, dtype, coreless, Turns())
         return
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     cores = sorted(os.sched_getaffinity(0))
@@ -287,9 +356,12 @@ def models(
                 "modes": list(modes),
                 "dtype": str(dtype).removeprefix("torch."),
                 "coreless": coreless,
-                "lock": str(Path(folder, gpus[place])),
-                "quiet": quiet if rest else cores,
-                "rest": rest or cores,
+                "turns": {
+                    "lock": str(Path(folder, gpus[place])),
+                    "quiet": quiet if rest else cores,
+                    "rest": rest or cores,
+                    "until": time.monotonic() + 0.75 * limit,
+                },
             }
             futures.append(pool.submit(_process, job, gpus[place], limit, rows))
         left = len(names)
@@ -336,21 +408,6 @@ def _process(job: dict[str, Any], gpu: str, limit: float, rows: queue.Queue[dict
         rows.put(None)
 
 
-@contextlib.contextmanager
-def _alone(job: dict[str, Any]) -> Iterator[None]:
-    """Wait for the GPU's turn and hold it, on the quiet cores."""
-    import fcntl
-
-    torch.cuda.synchronize()
-    with open(job["lock"], "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _move(job["quiet"])
-        try:
-            yield
-        finally:
-            _move(job["rest"])
-
-
 def _move(cores: Sequence[int]) -> None:
     """Every thread of this process, autograd's too."""
     for thread in os.listdir("/proc/self/task"):
@@ -362,9 +419,9 @@ def _main(job: dict[str, Any]) -> None:
     import torch._functorch.config
 
     torch._functorch.config.force_non_lazy_backward_lowering = True  # compiled while no activation waits for it
-    _move(job["rest"])
-    dtype = getattr(torch, job["dtype"])
-    for row in measure(job["name"], job["modes"], dtype, job["coreless"], lambda: _alone(job)):
+    turns = SharedTurns(**job["turns"])
+    _move(turns.rest)
+    for row in measure(job["name"], job["modes"], getattr(torch, job["dtype"]), job["coreless"], turns):
         print(json.dumps(row), flush=True)
 
 

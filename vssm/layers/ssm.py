@@ -105,19 +105,8 @@ class SelectiveSSM(nn.Module):
         else:
             low = nn.functional.linear(u, x_proj.flatten(0, 1)).unflatten(-1, (-1, sum(self.splits))).transpose(1, 2)
         dt, B, C = low.split(self.splits, -1)  # each (b, k, l, ·), a view
-        delta = self.step_sizes(dt, dt_weight)
-        return delta if again is None else again.later(delta, self.step_sizes, dt, dt_weight), B, C
-
-    def step_sizes(self, dt: Tensor, weight: Tensor) -> Tensor:
-        """Raw step sizes (b, k, l, d) from their factors (b, k, l, r) and (k, d, r).
-
-        A product a sample and row: the gradient of the weight then sums over few cells at a time, which a GPU does in
-        parallel; over all samples it took a fifth of a training step of VMamba. Ranks are filled up for GPUs.
-        """
-        fill = -self.splits[0] % 8 if dt.is_cuda else 0
-        if fill:
-            dt, weight = nn.functional.pad(dt, (0, fill)), nn.functional.pad(weight, (0, fill))
-        return dt @ weight.mT
+        delta = step_sizes(dt, dt_weight)
+        return delta if again is None else again.later(delta, step_sizes, dt, dt_weight), B, C
 
     def coefficients(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """A_log (k, d, n), D (k, d) and the bias of the step sizes (k, d), without k where one set serves all rows."""
@@ -129,6 +118,20 @@ class SelectiveSSM(nn.Module):
     def extra_repr(self) -> str:
         rows, dim, d_state = self.A_log.shape
         return f"{dim}, rows={rows}, d_state={d_state}, dt_rank={self.splits[0]}"
+
+
+@register_notrace_function
+def step_sizes(dt: Tensor, weight: Tensor) -> Tensor:
+    """Raw step sizes (b, k, l, d) from their factors (b, k, l, r) and (k, d, r).
+
+    A product a sample and row: the gradient of the weight then sums over few cells at a time, which a GPU does in
+    parallel; over all samples it took a fifth of a training step of VMamba. On a GPU ranks are filled up for its matrix
+    units.
+    """
+    fill = -weight.shape[-1] % 8 if weight.is_cuda else 0
+    if fill:
+        dt, weight = nn.functional.pad(dt, (0, fill)), nn.functional.pad(weight, (0, fill))
+    return dt @ weight.mT
 
 
 @register_notrace_function
