@@ -1,7 +1,8 @@
 """What the Gluon kernels of NVIDIA GPUs share: layouts written down, rows copied into shared memory ahead of their use.
 
 A program is one warp. Rows of 16-bit inputs travel 16 bytes a thread, for a group of steps at a time, asynchronously;
-each step then reads its row from shared memory. Importing this module needs Triton.
+each step then reads its row from shared memory, and may leave a row there that is written out with its group. Importing
+this module needs Triton.
 """
 
 from __future__ import annotations
@@ -67,16 +68,6 @@ def entries(index, step, end, limit):
 
 
 @gluon.jit
-def entry(index, step, end, limit):
-    """One cell, as ``entries``."""
-    if index is None:
-        cell = step
-    else:
-        cell = gl.load(index + gl.minimum(step, end - 1))
-    return gl.where((step < end) & (cell < limit), cell, -1)
-
-
-@gluon.jit
 def row(x, x_b, x_k, b, k, VEC: gl.constexpr):
     """Where row k of sample b begins in ``x``; strides are multiples of VEC."""
     return x + gl.multiple_of(b.to(gl.int64) * x_b + k.to(gl.int64) * x_k, VEC)
@@ -88,6 +79,14 @@ def copy(to, x, stride, cell, column, d):
     at = gl.expand_dims(gl.multiple_of(cell.to(gl.int64) * stride, 8), 1) + gl.expand_dims(column, 0)
     mask = gl.expand_dims(cell >= 0, 1) & gl.expand_dims(column // 8 * 8 < d, 0)
     async_copy.async_copy_global_to_shared(to, x + at, mask=mask)
+
+
+@gluon.jit
+def put(x, cell, column, d, value):
+    """Write rows to ``x``, whose rows are d long, at ``cell``; nothing for padding."""
+    at = gl.expand_dims(gl.multiple_of(cell.to(gl.int64) * d, 8), 1) + gl.expand_dims(column, 0)
+    mask = gl.expand_dims(cell >= 0, 1) & gl.expand_dims(column // 8 * 8 < d, 0)
+    gl.store(x + at, value, mask=mask)
 
 
 @gluon.jit

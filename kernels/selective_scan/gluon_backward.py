@@ -3,8 +3,8 @@
 Same arguments, same gradients. A group of STEPS steps, from one kept state to the next, is taken in four passes over
 shared memory: the states before each step are computed again and noted there in 16 bits; dC is summed over channels;
 the adjoint goes back through the steps and is noted where the states were; dB is summed over channels. Where there are
-16 states the sums over channels are products of tensor cores: a step's tile (states, channels) with its vector of
-channels, which stands in the step's column of a matrix that is zero elsewhere, so that 8 steps fill one result.
+16 states the sums over channels are products of tensor cores: a step's tile (states, channels) with the vectors of all
+8 steps, of which the step's own column is kept.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from vssm.kernels.gluon_shared import (
     advance,
     copy,
     entries,
-    entry,
     gate_layout,
     gates,
     place,
+    put,
     row,
     row_layout,
     sigmoid,
@@ -45,14 +45,14 @@ RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA, 2))
 
 @gluon.jit(do_not_specialize=VARY)
 def chunk_adjoints(
-    delta, A, C, z, bias, read, write, dy, ends, totals,
+    delta, A, C, z, bias, read, write, dy, chunked,
     delta_b, delta_k, delta_r, C_b, C_k, C_r, z_b, z_m, dy_b, dy_k, dy_m,
     A_k, A_d, A_n, bias_k, read_b, read_k, write_b, write_k,
     K, R, M, T, d, n, chunk, chunks,
     SOFTPLUS: gl.constexpr, WRITE_READ: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STEPS: gl.constexpr, VEC: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
-    """The adjoint each chunk hands on when none comes in, (b, k, chunks, n, d), and its sum of delta."""
+    """The adjoint each chunk hands on when none comes in and, behind it, its sum of delta; see ``pass_states``."""
     TILE: gl.constexpr = tile_layout(BLOCK_N, BLOCK_D)
     CHANNEL: gl.constexpr = gl.SliceLayout(0, TILE)
     STATE: gl.constexpr = gl.SliceLayout(1, TILE)
@@ -128,35 +128,22 @@ def chunk_adjoints(
             adjoint *= gl.exp2(gl.expand_dims(step, 0) * a)
             total += step
 
-    at = (b.to(gl.int64) * K + k) * chunks + c
-    gl.store(ends + ((at * n + tile_n) * d + tile_d), adjoint, mask=in_tile)
-    gl.store(totals + (at * d + channel), total, mask=in_d)
+    chunked += ((b.to(gl.int64) * chunks + c) * K + k) * (n + 2) * d
+    gl.store(chunked + (tile_n * d + tile_d), adjoint, mask=in_tile)
+    gl.store(chunked + (n * d + channel), total, mask=in_d)
 
 
 @gluon.jit
-def sum_channels(part, t, stride, notes, vectors, factors, count, n):
-    """Sum notes[j + 1] times vectors[j] (times factors[j]) over channels, 8 steps at a time, to part[t + j]."""
-    column = gl.arange(0, 8, layout=gl.SliceLayout(0, RIGHT))
-    step = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
+def sum_channels(part, t, stride, notes, vectors, count, n):
+    """Sum notes[j] (states, channels) times column j of ``vectors``, (channels, 8), over channels, to part[t + j]."""
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
     state = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
-    for eight in range(0, count, 8):
-        sums = gl.zeros([16, 8], gl.float32, layout=MMA)
-        for j in range(eight, gl.minimum(eight + 8, count)):
-            vector = vectors.index(j).load(gl.SliceLayout(1, RIGHT)).to(gl.float32)
-            if factors is not None:
-                vector *= factors.index(j).load(gl.SliceLayout(1, RIGHT))
-            matrix = gl.where(gl.expand_dims(column == j - eight, 0), gl.expand_dims(vector, 1), 0.0).to(gl.bfloat16)
-            sums = mma_v2(notes.index(j + 1).load(LEFT), matrix, sums)
-        at = gl.expand_dims((t + eight + step).to(gl.int64) * stride, 0) + gl.expand_dims(state, 1)
-        gl.store(part + at, sums, mask=gl.expand_dims(eight + step < count, 0) & gl.expand_dims(state < n, 1))
-
-
-@gluon.jit
-def put(x, row, d, channel, value, inside):
-    """Write a row of ``x``, whose rows are d long."""
-    gl.store(
-        x + (gl.multiple_of(row.to(gl.int64) * d, 8) + channel), value.to(x.dtype.element_ty), mask=inside & (row >= 0)
-    )
+    sums = gl.zeros([16, 8], gl.float32, layout=MMA)
+    for j in gl.static_range(8):
+        product = mma_v2(notes.index(j).load(LEFT), vectors, gl.zeros([16, 8], gl.float32, layout=MMA))
+        sums = gl.where(gl.expand_dims(column == j, 0), product, sums)
+    at = gl.expand_dims((t + column).to(gl.int64) * stride, 0) + gl.expand_dims(state, 1)
+    gl.store(part + at, sums, mask=gl.expand_dims(column < count, 0) & gl.expand_dims(state < n, 1))
 
 
 @gluon.jit
@@ -167,22 +154,17 @@ def lane_sums(x, BLOCK_D: gl.constexpr):
 
 @gluon.jit(do_not_specialize=VARY)
 def gradients(
-    u, delta, A, B, C, D, z, bias, table, read, write, dy, states, carried,
-    du, ddelta, dBC, dz, dparameters, dinitial, scratch,
+    u, delta, A, B, C, D, z, bias, table, read, write, dy, states,
+    du, ddelta, dBC, dz, chunked, dinitial, scratch,
     u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, C_b, C_k, C_r, z_b, z_m, dy_b, dy_k, dy_m,
     A_k, A_d, A_n, D_k, bias_k, table_b, table_k, read_b, read_k, write_b, write_k,
-    K, L, R, M, T, d, n, chunk, chunks, interval, works,
+    K, L, R, M, T, d, n, chunk, chunks, works,
+    CARRIED: gl.constexpr, EVERY: gl.constexpr,
     SOFTPLUS: gl.constexpr, READ_TABLE: gl.constexpr, WRITE_TABLE: gl.constexpr,
     DU_CELLS: gl.constexpr, DDELTA_CELLS: gl.constexpr, DZ_CELLS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STEPS: gl.constexpr, VEC: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
-    """All gradients of the recurrence for BLOCK_D channels of a chunk; interval is STEPS, the notes need no scratch.
-
-    ``carried`` is the adjoint that comes into each chunk from the next, (b, k, chunks, n, d), or None for zero. du,
-    ddelta and dz are written by cell, (b, k, cells, d), or else by step, (b, k, T, d); the parts of dB and dC of each
-    block by step, (b, k, T, blocks, 2, n). ``dparameters`` holds dA, then dD and the bias's gradient, of each chunk,
-    (b, chunks, k, n + 2, d).
-    """
+    """All gradients of the recurrence for BLOCK_D channels of a chunk, as in ``triton_backward``, without scratch."""
     TILE: gl.constexpr = tile_layout(BLOCK_N, BLOCK_D)
     CHANNEL: gl.constexpr = gl.SliceLayout(0, TILE)
     STATE: gl.constexpr = gl.SliceLayout(1, TILE)
@@ -218,7 +200,9 @@ def gradients(
     Bs = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_N], ROWS)
     Cs = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_N], ROWS)
     steps = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_D], FLAT)
-    notes = gl.allocate_shared_memory(gl.bfloat16, [STEPS + 1, BLOCK_N, BLOCK_D], NOTES if BLOCK_N == 16 else ROWS)
+    # The state or adjoint behind each step, then the state before each group of the interval.
+    NOTED: gl.constexpr = STEPS + EVERY // STEPS
+    notes = gl.allocate_shared_memory(gl.bfloat16, [NOTED, BLOCK_N, BLOCK_D], NOTES if BLOCK_N == 16 else ROWS)
     x_rows = xs._reinterpret(u.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
     raw_rows = raws._reinterpret(delta.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
     dy_rows = dys._reinterpret(dy.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
@@ -240,92 +224,121 @@ def gradients(
         step_s = gl.arange(0, STEPS, layout=gl.SliceLayout(1, SUMS))
 
     adjoint = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, layout=TILE)
-    if carried is not None:
-        at = ((bk * chunks + c) * n + tile_n) * d + tile_d
-        adjoint = gl.load(carried + at, mask=in_tile, other=0.0)
+    chunked += ((b.to(gl.int64) * chunks + c) * K + k) * (n + 2) * d
+    if CARRIED:
+        adjoint = gl.load(chunked + (tile_n * d + tile_d), mask=in_tile, other=0.0)
     dA = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, layout=TILE)
     dD = gl.zeros([BLOCK_D], gl.float32, layout=CHANNEL)
     dbias = gl.zeros([BLOCK_D], gl.float32, layout=CHANNEL)
 
     start = c * chunk
     end = gl.minimum(start + chunk, T)
-    for i in range(0, end - start, STEPS):
-        t = start + (end - start - 1) // STEPS * STEPS - i
-        count = gl.minimum(STEPS, end - t)
-        p = entries(table, t + step_r, end, L)
-        q = p if READ_TABLE else entries(read, t + step_r, end, R)
-        o = p if WRITE_TABLE else entries(write, t + step_r, end, M)
-        copy(xs, u, u_l, p, column, d)
-        copy(raws, delta, delta_r, q, column, d)
-        copy(dys, dy, dy_m, o, column, d)
-        if z is not None:
-            copy(zs, z, z_m, o, column, d)
-        async_copy.commit_group()
-        cells = entries(parameters, t + step_g, end, R)
-        Bs.store(gates(B, B_r, cells, state_g, n).to(gl.float32))
-        Cs.store(gates(C, C_r, cells, state_g, n).to(gl.float32))
-        at = ((bk * ((T + STEPS - 1) // STEPS) + t // STEPS) * n + tile_n) * d + tile_d
+    for i in range((end - start + EVERY - 1) // EVERY):
+        begin = (end - 1) // EVERY * EVERY - i * EVERY
+        groups = (gl.minimum(EVERY, end - begin) + STEPS - 1) // STEPS
+        at = ((bk * ((T + EVERY - 1) // EVERY) + begin // EVERY) * n + tile_n) * d + tile_d
         h = gl.load(states + at, mask=in_tile, other=0.0).to(gl.float32)
-        async_copy.wait_group(0)
+        notes.index(STEPS).store(h.to(gl.bfloat16))
+        if EVERY > STEPS:  # the state before each group
+            for group in range(1, groups):
+                t = begin + (group - 1) * STEPS
+                copy(xs, u, u_l, entries(table, t + step_r, end, L), column, d)
+                copy(raws, delta, delta_r, entries(parameters, t + step_r, end, R), column, d)
+                async_copy.commit_group()
+                Bs.store(gates(B, B_r, entries(parameters, t + step_g, end, R), state_g, n).to(gl.float32))
+                async_copy.wait_group(0)
+                for j in range(STEPS):
+                    x = x_rows.index(j).load(CHANNEL).to(gl.float32)
+                    raw = raw_rows.index(j).load(CHANNEL).to(gl.float32) + shift
+                    step = softplus(raw) if SOFTPLUS else raw
+                    h = advance(h, a, step, x, B_rows.index(j).load(STATE))
+                notes.index(STEPS + group).store(h.to(gl.bfloat16))
 
-        for j in range(count):  # the state before each step, step sizes and what passes the gate
-            x, raw = x_rows.index(j).load(CHANNEL).to(gl.float32), raw_rows.index(j).load(CHANNEL).to(gl.float32)
-            Bj = B_rows.index(j).load(STATE)
-            step = softplus(raw + shift) if SOFTPLUS else raw + shift
-            steps.index(j).store(step)
-            notes.index(j).store(h.to(gl.bfloat16))
-            h = advance(h, a, step, x, Bj)
+        for back_group in range(groups):
+            group = groups - 1 - back_group
+            t = begin + group * STEPS
+            count = gl.minimum(STEPS, end - t)
+            p = entries(table, t + step_r, end, L)
+            q = p if READ_TABLE else entries(read, t + step_r, end, R)
+            o = p if WRITE_TABLE else entries(write, t + step_r, end, M)
+            copy(xs, u, u_l, p, column, d)
+            copy(raws, delta, delta_r, q, column, d)
+            copy(dys, dy, dy_m, o, column, d)
             if z is not None:
-                dyj, gate = dy_rows.index(j).load(CHANNEL).to(gl.float32), z_rows.index(j).load(CHANNEL).to(gl.float32)
-                y = gl.sum(h * gl.expand_dims(C_rows.index(j).load(STATE), 1), 0) + skip * x
-                to_z = entry(write, t + j, end, M) if DZ_CELLS else t + j
-                put(dz, to_z, d, channel, dyj * y * silu_slope(gate), in_d)
-                g_rows.index(j).store(dyj * gate * sigmoid(gate))
-        notes.index(count).store(h.to(gl.bfloat16))
+                copy(zs, z, z_m, o, column, d)
+            async_copy.commit_group()
+            cells = entries(parameters, t + step_g, end, R)
+            Bs.store(gates(B, B_r, cells, state_g, n).to(gl.float32))
+            Cs.store(gates(C, C_r, cells, state_g, n).to(gl.float32))
+            h = notes.index(STEPS + group).load(TILE).to(gl.float32)
+            async_copy.wait_group(0)
 
-        if BLOCK_N == 16:  # dC
-            sum_channels(part + n, t, blocks * 2 * n, notes, g_rows, None, count, n)
+            for j in range(count):  # the state before each step, step sizes and what passes the gate
+                x, raw = x_rows.index(j).load(CHANNEL).to(gl.float32), raw_rows.index(j).load(CHANNEL).to(gl.float32)
+                Bj = B_rows.index(j).load(STATE)
+                step = softplus(raw + shift) if SOFTPLUS else raw + shift
+                steps.index(j).store(step)
+                h = advance(h, a, step, x, Bj)
+                notes.index(j).store(h.to(gl.bfloat16))
+                if z is not None:
+                    dyj = dy_rows.index(j).load(CHANNEL).to(gl.float32)
+                    gate = z_rows.index(j).load(CHANNEL).to(gl.float32)
+                    y = gl.sum(h * gl.expand_dims(C_rows.index(j).load(STATE), 1), 0) + skip * x
+                    dgate = dyj * y * silu_slope(gate)
+                    if DZ_CELLS:
+                        z_rows.index(j).store(dgate.to(z.dtype.element_ty))  # in the place of z
+                    else:
+                        gl.store(dz + (gl.multiple_of((t + j).to(gl.int64) * d, 8) + channel), dgate, mask=in_d)
+                    g_rows.index(j).store(dyj * gate * sigmoid(gate))
+            if DZ_CELLS:
+                put(dz, o, column, d, zs.load(ROW))
 
-        for back in range(count):  # the adjoint
-            j = count - 1 - back
-            x, gj = x_rows.index(j).load(CHANNEL).to(gl.float32), g_rows.index(j).load(CHANNEL).to(gl.float32)
-            step = steps.index(j).load(CHANNEL)
-            Bj, Cj = B_rows.index(j).load(STATE), C_rows.index(j).load(STATE)
-            before = notes.index(j).load(TILE).to(gl.float32)
-            adjoint += gl.expand_dims(gj, 0) * gl.expand_dims(Cj, 1)
-            if BLOCK_N == 1:
-                behind = notes.index(j + 1).load(TILE).to(gl.float32)
-                C_sums.index(j).store(lane_sums(gl.sum(behind, 0) * gj, BLOCK_D))
-                B_sums.index(j).store(lane_sums(gl.sum(adjoint, 0) * (step * x), BLOCK_D))
+            if BLOCK_N == 16:  # dC
+                vectors = g_rows._reinterpret(g_rows.dtype, [STEPS, BLOCK_D], ROWS).permute([1, 0]).load(RIGHT)
+                sum_channels(part + n, t, blocks * 2 * n, notes, vectors.to(gl.bfloat16), count, n)
+
+            for back in range(count):  # the adjoint
+                j = count - 1 - back
+                x, gj = x_rows.index(j).load(CHANNEL).to(gl.float32), g_rows.index(j).load(CHANNEL).to(gl.float32)
+                step = steps.index(j).load(CHANNEL)
+                Bj, Cj = B_rows.index(j).load(STATE), C_rows.index(j).load(STATE)
+                before = notes.index(j - 1 if j > 0 else STEPS + group).load(TILE).to(gl.float32)
+                adjoint += gl.expand_dims(gj, 0) * gl.expand_dims(Cj, 1)
+                if BLOCK_N == 1:
+                    behind = notes.index(j).load(TILE).to(gl.float32)
+                    C_sums.index(j).store(lane_sums(gl.sum(behind, 0) * gj, BLOCK_D))
+                    B_sums.index(j).store(lane_sums(gl.sum(adjoint, 0) * (step * x), BLOCK_D))
+                else:
+                    notes.index(j).store(adjoint.to(gl.bfloat16))
+                dinput = gl.sum(adjoint * gl.expand_dims(Bj, 1), 0)  # of delta u
+                adjoint *= gl.exp2(gl.expand_dims(step, 0) * a)
+                ddecay = adjoint * before  # of delta A
+                dA += ddecay * gl.expand_dims(step, 0)
+                dstep = x * dinput + gl.sum(ddecay * a, 0) * LN2
+                if SOFTPLUS:
+                    dstep *= 1.0 - gl.exp2(-step * LOG2E)  # softplus'(x) = 1 - exp(-softplus(x))
+                dbias += dstep
+                dD += gj * x
+                dy_rows.index(j).store((step * dinput + skip * gj).to(dy.dtype.element_ty))  # du in the place of dy
+                raw_rows.index(j).store(dstep.to(delta.dtype.element_ty))
+            steps_here = entries(None, t + step_r, end, T)
+            put(du, p if DU_CELLS else steps_here, column, d, dys.load(ROW).to(du.dtype.element_ty))
+            put(ddelta, q if DDELTA_CELLS else steps_here, column, d, raws.load(ROW))
+
+            if BLOCK_N == 16:  # dB
+                vectors = xs.permute([1, 0]).load(RIGHT).to(gl.float32)
+                vectors *= steps._reinterpret(gl.float32, [STEPS, BLOCK_D], ROWS).permute([1, 0]).load(RIGHT)
+                sum_channels(part, t, blocks * 2 * n, notes, vectors.to(gl.bfloat16), count, n)
             else:
-                notes.index(j + 1).store(adjoint.to(gl.bfloat16))
-            dinput = gl.sum(adjoint * gl.expand_dims(Bj, 1), 0)  # of delta u
-            adjoint *= gl.exp2(gl.expand_dims(step, 0) * a)
-            ddecay = adjoint * before  # of delta A
-            dA += ddecay * gl.expand_dims(step, 0)
-            dstep = x * dinput + gl.sum(ddecay * a, 0) * LN2
-            if SOFTPLUS:
-                dstep *= 1.0 - gl.exp2(-step * LOG2E)  # softplus'(x) = 1 - exp(-softplus(x))
-            dbias += dstep
-            dD += gj * x
-            to_u = entry(table, t + j, end, L) if DU_CELLS else t + j
-            to_delta = entry(read, t + j, end, R) if DDELTA_CELLS else t + j
-            put(du, to_u, d, channel, step * dinput + skip * gj, in_d)
-            put(ddelta, to_delta, d, channel, dstep, in_d)
+                to = (t + step_s).to(gl.int64) * (blocks * 2)
+                B_sum = gl.sum(B_sums._reinterpret(gl.float32, [STEPS, 32], ROWS).load(SUMS), 1)
+                C_sum = gl.sum(C_sums._reinterpret(gl.float32, [STEPS, 32], ROWS).load(SUMS), 1)
+                gl.store(part + to, B_sum, mask=step_s < count)
+                gl.store(part + to + 1, C_sum, mask=step_s < count)
 
-        if BLOCK_N == 16:  # dB
-            sum_channels(part, t, blocks * 2 * n, notes, x_rows, steps, count, n)
-        else:
-            to = (t + step_s).to(gl.int64) * (blocks * 2)
-            B_sum = gl.sum(B_sums._reinterpret(gl.float32, [STEPS, 32], ROWS).load(SUMS), 1)
-            C_sum = gl.sum(C_sums._reinterpret(gl.float32, [STEPS, 32], ROWS).load(SUMS), 1)
-            gl.store(part + to, B_sum, mask=step_s < count)
-            gl.store(part + to + 1, C_sum, mask=step_s < count)
-
-    base = ((b.to(gl.int64) * chunks + c) * K + k) * (n + 2)
-    gl.store(dparameters + ((base + tile_n) * d + tile_d), dA, mask=in_tile)
-    gl.store(dparameters + ((base + n) * d + channel), dD, mask=in_d)
-    gl.store(dparameters + ((base + n + 1) * d + channel), dbias, mask=in_d)
+    gl.store(chunked + (tile_n * d + tile_d), dA, mask=in_tile)
+    gl.store(chunked + (n * d + channel), dD, mask=in_d)
+    gl.store(chunked + ((n + 1) * d + channel), dbias, mask=in_d)
     if dinitial is not None:  # noqa: SIM102 - decided while compiling, the next one while running
         if c == 0:
             gl.store(dinitial + ((bk * d + tile_d) * n + tile_n * A_n), adjoint, mask=in_tile)

@@ -17,10 +17,10 @@ from vssm.kernels.gluon_shared import (
     advance,
     copy,
     entries,
-    entry,
     gate_layout,
     gates,
     place,
+    put,
     row,
     row_layout,
     sigmoid,
@@ -33,13 +33,13 @@ from vssm.kernels.selective_scan.triton_forward import VARY
 
 @gluon.jit(do_not_specialize=VARY)
 def chunk_ends(
-    u, delta, A, B, bias, table, read, ends, totals,
+    u, delta, A, B, bias, table, read, chunked,
     u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, A_k, A_d, A_n, bias_k, table_b, table_k, read_b, read_k,
     K, L, R, T, d, n, chunk, chunks,
     SOFTPLUS: gl.constexpr, READ_TABLE: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STEPS: gl.constexpr, VEC: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
-    """The state each chunk ends in when it starts from zero, (b, k, chunks, n, d), and its sum of delta."""
+    """The state each chunk ends in when it starts from zero and, behind it, its sum of delta; see ``pass_states``."""
     TILE: gl.constexpr = tile_layout(BLOCK_N, BLOCK_D)
     CHANNEL: gl.constexpr = gl.SliceLayout(0, TILE)
     STATE: gl.constexpr = gl.SliceLayout(1, TILE)
@@ -101,9 +101,9 @@ def chunk_ends(
             h = advance(h, a, step, x, Bj)
             total += step
 
-    at = (b.to(gl.int64) * K + k) * chunks + c
-    gl.store(ends + ((at * n + tile_n) * d + tile_d), h, mask=in_tile)
-    gl.store(totals + (at * d + channel), total, mask=in_d)
+    chunked += ((b.to(gl.int64) * chunks + c) * K + k) * (n + 2) * d
+    gl.store(chunked + (tile_n * d + tile_d), h, mask=in_tile)
+    gl.store(chunked + (n * d + channel), total, mask=in_d)
 
 
 @gluon.jit(do_not_specialize=VARY)
@@ -118,7 +118,8 @@ def outputs(
     """y at the written cells, (b, k, M, d); the last state; and, if asked, every interval-th state.
 
     ``initial`` is what the row starts from, (b, k, d, n) with free strides, or None for zero; if CHUNKED, what each
-    chunk starts from, (b, k, chunks, n, d). ``states`` is (b, k, cdiv(T, interval), n, d); interval divides STEPS.
+    chunk starts from, as ``pass_states`` leaves it. ``states`` is (b, k, cdiv(T, interval), n, d); STEPS divides
+    interval.
     """
     TILE: gl.constexpr = tile_layout(BLOCK_N, BLOCK_D)
     CHANNEL: gl.constexpr = gl.SliceLayout(0, TILE)
@@ -137,7 +138,8 @@ def outputs(
     skip = weights(D, k * D_k + channel, in_d)
     h = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, layout=TILE)
     if CHUNKED:
-        h = gl.load(initial + (((bk * chunks + c) * n + tile_n) * d + tile_d), mask=in_tile, other=0.0)
+        initial += ((b.to(gl.int64) * chunks + c) * K + k) * (n + 2) * d
+        h = gl.load(initial + (tile_n * d + tile_d), mask=in_tile, other=0.0)
     elif initial is not None:
         initial = row(initial, initial_b, initial_k, b, k, 1)
         h = gl.load(initial + (tile_d * initial_d + tile_n * A_n), mask=in_tile, other=0.0)
@@ -172,9 +174,9 @@ def outputs(
     q = p if READ_TABLE else entries(read, start + step_r, end, R)
     copy(xs.index(0), u, u_l, p, column, d)
     copy(raws.index(0), delta, delta_r, q, column, d)
+    o_next = p if WRITE_TABLE else entries(write, start + step_r, end, M)
     if z is not None:
-        o = p if WRITE_TABLE else entries(write, start + step_r, end, M)
-        copy(zs.index(0), z, z_m, o, column, d)
+        copy(zs.index(0), z, z_m, o_next, column, d)
     async_copy.commit_group()
     g = entries(parameters, start + step_g, end, R)
     B_next, C_next = gates(B, B_r, g, state_g, n), gates(C, C_r, g, state_g, n)
@@ -189,35 +191,31 @@ def outputs(
         q = p if READ_TABLE else entries(read, after + step_r, end, R)
         copy(xs.index(1 - stage), u, u_l, p, column, d)
         copy(raws.index(1 - stage), delta, delta_r, q, column, d)
+        o, o_next = o_next, p if WRITE_TABLE else entries(write, after + step_r, end, M)
         if z is not None:
-            o = p if WRITE_TABLE else entries(write, after + step_r, end, M)
-            copy(zs.index(1 - stage), z, z_m, o, column, d)
+            copy(zs.index(1 - stage), z, z_m, o_next, column, d)
         async_copy.commit_group()
         g = entries(parameters, after + step_g, end, R)
         B_next, C_next = gates(B, B_r, g, state_g, n), gates(C, C_r, g, state_g, n)
         x_next = x_rows.index(stage * STEPS).load(CHANNEL)
         raw_next = raw_rows.index(stage * STEPS).load(CHANNEL)
-        to_next = entry(write, t, end, M)
-        count = gl.minimum(STEPS, end - t)
-        for begin in range(0, count, interval):
-            if states is not None:
-                kept = (bk * ((T + interval - 1) // interval) + (t + begin) // interval) * n
+        if states is not None:  # noqa: SIM102 - decided while compiling, the next one while running
+            if t % interval == 0:
+                kept = (bk * ((T + interval - 1) // interval) + t // interval) * n
                 gl.store(states + ((kept + tile_n) * d + tile_d), h.to(states.dtype.element_ty), mask=in_tile)
-            for j in range(begin, gl.minimum(begin + interval, count)):
-                x, raw, to = x_next.to(gl.float32), raw_next.to(gl.float32) + shift, to_next
-                Bj, Cj = B_rows.index(j).load(STATE), C_rows.index(j).load(STATE)
-                following = stage * STEPS + gl.minimum(j + 1, STEPS - 1)
-                x_next, raw_next = x_rows.index(following).load(CHANNEL), raw_rows.index(following).load(CHANNEL)
-                to_next = entry(write, t + j + 1, end, M)
-                step = softplus(raw) if SOFTPLUS else raw
-                h = advance(h, a, step, x, Bj)
-                out = gl.sum(h * gl.expand_dims(Cj, 1), 0) + skip * x
-                at = gl.multiple_of(to.to(gl.int64) * d, 8) + channel
-                here = in_d & (to >= 0)
-                if z is not None:
-                    gate = z_rows.index(stage * STEPS + j).load(CHANNEL).to(gl.float32)
-                    out = out * gate * sigmoid(gate)
-                gl.store(y + at, out.to(y.dtype.element_ty), mask=here)
+        for j in range(gl.minimum(STEPS, end - t)):
+            x, raw = x_next.to(gl.float32), raw_next.to(gl.float32) + shift
+            Bj, Cj = B_rows.index(j).load(STATE), C_rows.index(j).load(STATE)
+            following = stage * STEPS + gl.minimum(j + 1, STEPS - 1)
+            x_next, raw_next = x_rows.index(following).load(CHANNEL), raw_rows.index(following).load(CHANNEL)
+            step = softplus(raw) if SOFTPLUS else raw
+            h = advance(h, a, step, x, Bj)
+            out = gl.sum(h * gl.expand_dims(Cj, 1), 0) + skip * x
+            if z is not None:
+                gate = z_rows.index(stage * STEPS + j).load(CHANNEL).to(gl.float32)
+                out = out * gate * sigmoid(gate)
+            x_rows.index(stage * STEPS + j).store(out.to(u.dtype.element_ty))  # y in the place of u
+        put(y, o, column, d, xs.index(stage).load(ROW).to(y.dtype.element_ty))
 
     if end == T:
         gl.store(last + ((bk * d + tile_d) * n + tile_n * A_n), h, mask=in_tile)

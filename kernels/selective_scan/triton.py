@@ -79,14 +79,14 @@ def plan(b: int, k: int, t: int, d: int, n: int, bfloat16: bool, gluon: bool, un
     warps = max(1, min(8, block_n // 16))
     every = interval(n, d, bfloat16)
     if gluon:
-        steps, registers = (every, 128) if backward else (16 if n == 16 else 8, None)
+        steps, registers = (8, 128 if n == 1 else 168) if backward else (16 if n == 16 else 8, None)
         resident, enough = (BACKWARD if backward else FORWARD)[n == 1]
     else:
         steps = 2 if backward else 4
         resident = enough = 16 if block_n == 1 else 12
         registers = None if block_n > 16 else 128 if block_n == 1 else 168
     rows = b * k * cdiv(d, block_d)
-    piece = max(every, steps)
+    piece = every if backward else max(16, steps)
     pieces = 1 if rows * warps >= units * enough else max(1, min(units * resident // warps // rows, cdiv(t, piece)))
     chunk = cdiv(cdiv(t, pieces), piece) * piece
     chunks = cdiv(t, chunk)
@@ -98,16 +98,18 @@ def plan(b: int, k: int, t: int, d: int, n: int, bfloat16: bool, gluon: bool, un
 
 # Gluon, with 16 states and with one: programs a multiprocessor that rows are cut for, and how many are enough not to
 # cut them, since chunks cost a second pass.
-FORWARD, BACKWARD = ((16, 5), (16, 5)), ((16, 12), (12, 5))
+FORWARD, BACKWARD = ((16, 5), (16, 5)), ((11, 5), (12, 5))
 
 
 def interval(n: int, d: int, bfloat16: bool) -> int:
-    """Steps between the states that the forward keeps; up to 32 states they take 4 bytes a step and channel at most."""
-    return 8 if compact(n, d, bfloat16) else max(16, min(64, 2 * power_of_2(n)))
+    """Steps between the states that the forward keeps; up to 32 states they take 2 bytes a step and channel at most."""
+    if compact(n, d, bfloat16):
+        return 8 if n == 1 else 48
+    return max(16, min(64, 2 * power_of_2(n)))
 
 
 def compact(n: int, d: int, bfloat16: bool) -> bool:
-    """Whether states are kept as the kernels in Gluon want them, as bfloat16; those kernels may still not fit."""
+    """Whether states are kept as often as the kernels in Gluon want them; those kernels may still not fit."""
     return bfloat16 and n in (1, 16) and d % 8 == 0
 
 
@@ -115,7 +117,8 @@ def saved(b: int, k: int, t: int, d: int, n: int, dtype: torch.dtype) -> tuple[t
     """Shape and dtype of the states that the backward starts its intervals from; ``dtype`` is that of u."""
     bfloat16 = dtype == torch.bfloat16
     every = interval(n, d, bfloat16)
-    return (b, k, (t + every - 1) // every, n, d), torch.bfloat16 if compact(n, d, bfloat16) else torch.float32
+    half = n == 1 and compact(n, d, bfloat16)
+    return (b, k, (t + every - 1) // every, n, d), torch.bfloat16 if half else torch.float32
 
 
 class Kernels(NamedTuple):
@@ -150,7 +153,7 @@ def _gluon(device: torch.device) -> Kernels | None:
 def fitting(p: Problem) -> Kernels:
     """Those in Gluon for bfloat16, 1 or 16 states and whole vectors of 16 bytes; else the plain ones.
 
-    What they keep of states is bfloat16, too coarse for the gradients of float16 inputs.
+    What they note of states is bfloat16, too coarse for the gradients of float16 inputs.
     """
     if not use_gluon or not compact(p.n, p.d, _bfloat16(p)):
         return PLAIN
@@ -220,20 +223,16 @@ def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor | None]:
 
     initial = p.initial_state
     if how.chunks > 1:
-        ends, totals, starts = (
-            new((b, k, how.chunks, n, d)),
-            new((b, k, how.chunks, d)),
-            new((b, k, how.chunks, n, d)),
-        )
+        chunked = new((b, how.chunks, k, n + 2, d))
         launch(
             kernels.chunk_ends, programs,
-            (p.u, p.delta, p.A, p.B, p.delta_bias, p.table, p.read, ends, totals,
+            (p.u, p.delta, p.A, p.B, p.delta_bias, p.table, p.read, chunked,
              *strides(p.u), *strides(p.delta), *strides(p.B), *A, bias,
              *index_strides(p.table), *index_strides(p.read), k, l, r, t, d, n, how.chunk, how.chunks),
             dict(SOFTPLUS=p.delta_softplus, READ_TABLE=read_table) | tile, how.warps, how.registers,
         )  # fmt: skip
-        _pass_states(ends, totals, p, initial, starts, False)
-        initial = starts
+        _pass_states(chunked, p, initial, False)
+        initial = chunked
     launch(
         kernels.outputs, programs,
         (p.u, p.delta, p.A, p.B, p.C, p.D, z, p.delta_bias, p.table, p.read, write, initial,
@@ -316,28 +315,23 @@ def _backward(
         made = empty(x.shape, x.dtype, x.device, zero=zero) if by_cell else empty((b, k, t, d), parts, x.device)
         return made, by_cell
 
-    if how.chunks == 1:
-        carried = None if grad_last is None else grad_last.transpose(2, 3).contiguous()
-    else:
-        ends, totals, carried = (
-            new((b, k, how.chunks, n, d)),
-            new((b, k, how.chunks, d)),
-            new((b, k, how.chunks, n, d)),
-        )
+    chunked = new((b, how.chunks, k, n + 2, d))  # of each chunk: what it hands on, what comes in, what parameters get
+    if how.chunks > 1:
         launch(
             kernels.chunk_adjoints, works,
-            (p.delta, p.A, p.C, p.z, p.delta_bias, p.read, p.write, grad_y, ends, totals,
+            (p.delta, p.A, p.C, p.z, p.delta_bias, p.read, p.write, grad_y, chunked,
              *strides(p.delta), *strides(p.C), z_b, z_m, *strides(grad_y), *A, bias,
              *index_strides(p.read), *index_strides(p.write), k, r, m, t, d, n, how.chunk, how.chunks),
             dict(SOFTPLUS=p.delta_softplus, WRITE_READ=write_read) | tile, how.warps, how.registers,
         )  # fmt: skip
-        _pass_states(ends, totals, p, grad_last, carried, True)
+    carried = how.chunks > 1 or grad_last is not None
+    if carried:
+        _pass_states(chunked, p, grad_last, True)
     du, du_cells = destination(p.u, by_table, p.u.dtype)
     ddelta, ddelta_cells = destination(p.delta, by_read, p.delta.dtype)
     # Rounded, parts of dz would be as coarse as dz itself is allowed to be.
     dz, dz_cells = (None, False) if p.z is None else destination(p.z, by_write, torch.float32)
     dBC = new((b, k, t, blocks, 2 * n))
-    dparameters = new((b * how.chunks, k, n + 2, d))
     dinitial = None if p.initial_state is None else new((b, k, d, n))
     every, scratch, programs = interval(n, d, _bfloat16(p)), None, works
     if kernels is PLAIN:
@@ -345,13 +339,13 @@ def _backward(
         scratch = new((programs * (every // how.steps) * how.block_n * how.block_d,))
     launch(
         kernels.gradients, programs,
-        (p.u, p.delta, p.A, p.B, p.C, p.D, p.z, p.delta_bias, p.table, p.read, p.write, grad_y, states, carried,
-         du, ddelta, dBC, dz, dparameters, dinitial, scratch,
+        (p.u, p.delta, p.A, p.B, p.C, p.D, p.z, p.delta_bias, p.table, p.read, p.write, grad_y, states,
+         du, ddelta, dBC, dz, chunked, dinitial, scratch,
          *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), z_b, z_m, *strides(grad_y), *A, D, bias,
          *index_strides(p.table), *index_strides(p.read), *index_strides(p.write),
-         k, l, r, m, t, d, n, how.chunk, how.chunks, every, works),
-        dict(SOFTPLUS=p.delta_softplus, READ_TABLE=read_table, WRITE_TABLE=write_table, DU_CELLS=du_cells,
-             DDELTA_CELLS=ddelta_cells, DZ_CELLS=dz_cells) | tile,
+         k, l, r, m, t, d, n, how.chunk, how.chunks, works),
+        dict(CARRIED=carried, EVERY=every, SOFTPLUS=p.delta_softplus, READ_TABLE=read_table,
+             WRITE_TABLE=write_table, DU_CELLS=du_cells, DDELTA_CELLS=ddelta_cells, DZ_CELLS=dz_cells) | tile,
         how.warps, how.registers,
     )  # fmt: skip
 
@@ -366,7 +360,7 @@ def _backward(
     else:
         sum_by_cell(dBC[..., :n].contiguous(), by_read, dB)
         sum_by_cell(dBC[..., n:].contiguous(), by_read, dC)
-    dA, dD, dbias = parameter_grads(dparameters, (p.A, p.D, p.delta_bias)) if parameters else (None,) * 3
+    dA, dD, dbias = parameter_grads(chunked, (p.A, p.D, p.delta_bias)) if parameters else (None,) * 3
     return [du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial]
 
 
@@ -381,15 +375,14 @@ def _by_cell(grad: Tensor, x: Tensor, found: Visits, cells: bool) -> Tensor:
     return grad
 
 
-def _pass_states(
-    ends: Tensor, totals: Tensor, p: Problem, initial: Tensor | None, starts: Tensor, reverse: bool
-) -> None:
-    b, k, chunks, n, d = ends.shape
+def _pass_states(chunked: Tensor, p: Problem, initial: Tensor | None, reverse: bool) -> None:
+    b, chunks, k, rows, d = chunked.shape
+    n = rows - 2
     A, _, _ = _parameters(p)
     block_c = 64 if chunks > 128 or (n == 1 and chunks > 32) else 16
     launch(
         triton_forward.pass_states, cdiv(d, 32) * k * n * b,
-        (ends, totals, p.A, initial, starts, *A, *strides(initial), k, d, n, chunks),
+        (chunked, p.A, initial, *A, *strides(initial), k, d, n, chunks),
         dict(REVERSE=reverse, BLOCK_C=block_c, BLOCK_D=32, EXACT=_exact(p)), block_c // 16,
     )  # fmt: skip
 

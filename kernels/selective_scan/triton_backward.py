@@ -36,14 +36,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit(do_not_specialize=VARY)
 def chunk_adjoints(
-    delta, A, C, z, bias, read, write, dy, ends, totals,
+    delta, A, C, z, bias, read, write, dy, chunked,
     delta_b, delta_k, delta_r, C_b, C_k, C_r, z_b, z_m, dy_b, dy_k, dy_m,
     A_k, A_d, A_n, bias_k, read_b, read_k, write_b, write_k,
     K, R, M, T, d, n, chunk, chunks,
     SOFTPLUS: tl.constexpr, WRITE_READ: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint each chunk hands on when none comes in, (b, k, chunks, n, d), and its sum of delta."""
+    """The adjoint each chunk hands on when none comes in and, behind it, its sum of delta; see ``pass_states``."""
     first, k, c, b = place(tl.program_id(0), d, K, chunks, BLOCK_D)
     channel, state = first + tl.arange(0, BLOCK_D), state_index(BLOCK_N)
     in_d, in_n = channel // VEC * VEC < d, state < n
@@ -91,31 +91,31 @@ def chunk_adjoints(
             adjoint *= power(along_d(step, BLOCK_N) * a, EXACT)
             total += step
 
-    at = (b.to(tl.int64) * K + k) * chunks + c
-    tl.store(ends + ((at * n + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)), adjoint, mask=in_tile)
-    tl.store(totals + (at * d + channel), total, mask=in_d)
+    chunked += ((b.to(tl.int64) * chunks + c) * K + k) * (n + 2) * d
+    tl.store(chunked + (along_n(state, BLOCK_N) * d + along_d(channel, BLOCK_N)), adjoint, mask=in_tile)
+    tl.store(chunked + (n * d + channel), total, mask=in_d)
 
 
 @triton.jit(do_not_specialize=VARY)
 def gradients(
-    u, delta, A, B, C, D, z, bias, table, read, write, dy, states, carried,
-    du, ddelta, dBC, dz, dparameters, dinitial, scratch,
+    u, delta, A, B, C, D, z, bias, table, read, write, dy, states,
+    du, ddelta, dBC, dz, chunked, dinitial, scratch,
     u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, C_b, C_k, C_r, z_b, z_m, dy_b, dy_k, dy_m,
     A_k, A_d, A_n, D_k, bias_k, table_b, table_k, read_b, read_k, write_b, write_k,
-    K, L, R, M, T, d, n, chunk, chunks, interval, works,
+    K, L, R, M, T, d, n, chunk, chunks, works,
+    CARRIED: tl.constexpr, EVERY: tl.constexpr,
     SOFTPLUS: tl.constexpr, READ_TABLE: tl.constexpr, WRITE_TABLE: tl.constexpr,
     DU_CELLS: tl.constexpr, DDELTA_CELLS: tl.constexpr, DZ_CELLS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the recurrence for BLOCK_D channels of a chunk; a program takes one chunk after another.
 
-    ``carried`` is the adjoint that comes into each chunk from the next, (b, k, chunks, n, d), or None for zero. du,
-    ddelta and dz are written by cell, (b, k, cells, d), or else by step, (b, k, T, d); the parts of dB and dC of each
-    block by step, (b, k, T, blocks, 2, n). ``dparameters`` holds dA, then dD and the bias's gradient, of each chunk,
-    (b, chunks, k, n + 2, d).
+    du, ddelta and dz are written by cell, (b, k, cells, d), or else by step, (b, k, T, d); the parts of dB and dC of
+    each block by step, (b, k, T, blocks, 2, n). If CARRIED, ``chunked``, (b, chunks, k, n + 2, d), holds the adjoint
+    that comes into each chunk from the next. dA, dD and the bias's gradient of the chunk take its place.
     """
     blocks = tl.cdiv(d, BLOCK_D)
-    note = scratch + tl.program_id(0).to(tl.int64) * (interval // STEPS) * BLOCK_N * BLOCK_D
+    note = scratch + tl.program_id(0).to(tl.int64) * (EVERY // STEPS) * BLOCK_N * BLOCK_D
     note += along_n(state_index(BLOCK_N), BLOCK_N) * BLOCK_D + along_d(tl.arange(0, BLOCK_D), BLOCK_N)
     for work in range(tl.program_id(0), works, tl.num_programs(0)):
         first, k, c, b = place(work, d, K, chunks, BLOCK_D)
@@ -139,19 +139,20 @@ def gradients(
         dz_row = dz if z is None else dz + tl.multiple_of(bk * (M if DZ_CELLS else T) * d, VEC)
 
         adjoint = tl.zeros_like(a)
-        if carried is not None:
-            at = ((bk * chunks + c) * n + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)
-            adjoint = tl.load(carried + at, mask=in_tile, other=0.0)
+        rows_of_chunk = chunked + ((b.to(tl.int64) * chunks + c) * K + k) * (n + 2) * d
+        to_tile = rows_of_chunk + (along_n(state, BLOCK_N) * d + along_d(channel, BLOCK_N))
+        if CARRIED:
+            adjoint = tl.load(to_tile, mask=in_tile, other=0.0)
         dA = tl.zeros_like(a)
         dD = tl.zeros((BLOCK_D,), tl.float32)
         dbias = tl.zeros((BLOCK_D,), tl.float32)
 
         chunk_end = tl.minimum(c * chunk + chunk, T)
-        for i in range(tl.cdiv(chunk_end - c * chunk, interval)):
-            s = (chunk_end - 1) // interval - i
-            start = s * interval
-            end = tl.minimum(start + interval, chunk_end)
-            at = ((bk * tl.cdiv(T, interval) + s) * n + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)
+        for i in range(tl.cdiv(chunk_end - c * chunk, EVERY)):
+            s = (chunk_end - 1) // EVERY - i
+            start = s * EVERY
+            end = tl.minimum(start + EVERY, chunk_end)
+            at = ((bk * tl.cdiv(T, EVERY) + s) * n + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)
             h = tl.load(states + at, mask=in_tile, other=0.0).to(tl.float32)
 
             p = entries(p_row, start, end, L, STEPS)  # forward: note every STEPS-th state
@@ -239,10 +240,9 @@ def gradients(
                     put(ddelta_row, to_delta, d, channel, dstep, in_d, VEC)
             tl.debug_barrier()
 
-        base = ((b.to(tl.int64) * chunks + c) * K + k) * (n + 2)
-        tl.store(dparameters + ((base + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)), dA, mask=in_tile)
-        tl.store(dparameters + ((base + n) * d + channel), dD, mask=in_d)
-        tl.store(dparameters + ((base + n + 1) * d + channel), dbias, mask=in_d)
+        tl.store(to_tile, dA, mask=in_tile)
+        tl.store(rows_of_chunk + (n * d + channel), dD, mask=in_d)
+        tl.store(rows_of_chunk + ((n + 1) * d + channel), dbias, mask=in_d)
         if dinitial is not None:  # noqa: SIM102 - decided while compiling, the next one while running
             if c == 0:
                 at = (bk * d + along_d(channel, BLOCK_N)) * n + along_n(state, BLOCK_N) * A_n

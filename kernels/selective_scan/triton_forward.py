@@ -77,13 +77,13 @@ def advance(h, a, step, x, B, N: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARY)
 def chunk_ends(
-    u, delta, A, B, bias, table, read, ends, totals,
+    u, delta, A, B, bias, table, read, chunked,
     u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, A_k, A_d, A_n, bias_k, table_b, table_k, read_b, read_k,
     K, L, R, T, d, n, chunk, chunks,
     SOFTPLUS: tl.constexpr, READ_TABLE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The state each chunk ends in when it starts from zero, (b, k, chunks, n, d), and its sum of delta."""
+    """The state each chunk ends in when it starts from zero and, behind it, its sum of delta; see ``pass_states``."""
     first, k, c, b = place(tl.program_id(0), d, K, chunks, BLOCK_D)
     channel, state = first + tl.arange(0, BLOCK_D), state_index(BLOCK_N)
     in_d, in_n = channel // VEC * VEC < d, state < n
@@ -119,9 +119,9 @@ def chunk_ends(
             h = advance(h, a, step, x[j], Bs[j], BLOCK_N, EXACT)
             total += step
 
-    at = (b.to(tl.int64) * K + k) * chunks + c
-    tl.store(ends + ((at * n + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)), h, mask=in_tile)
-    tl.store(totals + (at * d + channel), total, mask=in_d)
+    chunked += ((b.to(tl.int64) * chunks + c) * K + k) * (n + 2) * d
+    tl.store(chunked + (along_n(state, BLOCK_N) * d + along_d(channel, BLOCK_N)), h, mask=in_tile)
+    tl.store(chunked + (n * d + channel), total, mask=in_d)
 
 
 @triton.jit
@@ -132,12 +132,13 @@ def compose(decay_1, end_1, decay_2, end_2):
 
 @triton.jit(do_not_specialize=VARY)
 def pass_states(
-    ends, totals, A, initial, starts, A_k, A_d, A_n, initial_b, initial_k, initial_d, K, d, n, chunks,
+    chunked, A, initial, A_k, A_d, A_n, initial_b, initial_k, initial_d, K, d, n, chunks,
     REVERSE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk starts from, (b, k, chunks, n, d), given what each ends in when it starts from zero.
+    """Put what each chunk starts from in the place of what it ends in when it starts from zero.
 
-    One program takes one state of BLOCK_D channels through all chunks, BLOCK_C of them at a time. REVERSE goes from the
+    ``chunked`` is (b, chunks, k, n + 2, d): of each chunk n rows for its state, then one for its sum of delta. A
+    program takes one state of BLOCK_D channels through all chunks, BLOCK_C of them at a time. REVERSE goes from the
     last chunk to the first, as adjoints do.
     """
     first, k, s, b = place(tl.program_id(0), d, K, n, BLOCK_D)
@@ -147,23 +148,27 @@ def pass_states(
     h = tl.zeros((BLOCK_D,), tl.float32)
     if initial is not None:
         h = tl.load(row(initial, initial_b, initial_k, b, k, 1) + (channel * initial_d + s), mask=in_d, other=0.0)
-    origin = (b.to(tl.int64) * K + k) * chunks
+    chunked += (b.to(tl.int64) * chunks * K + k) * (n + 2) * d + channel
+    stride = K.to(tl.int64) * (n + 2) * d
     for begin in range(0, chunks, BLOCK_C):
         i = begin + tl.arange(0, BLOCK_C)
         c = chunks - 1 - i if REVERSE else i
+        at = c[:, None] * stride + tl.zeros((1, BLOCK_D), tl.int32)  # (BLOCK_C, BLOCK_D)
         inside = (i < chunks)[:, None] & in_d[None, :]
-        at = ((origin + c) * n + s)[:, None] * d + channel[None, :]  # (BLOCK_C, BLOCK_D)
-        total = tl.load(totals + ((origin + c)[:, None] * d + channel[None, :]), mask=inside, other=0.0)
-        end = tl.load(ends + at, mask=inside, other=0.0)
+        # The chunk before each, but for the first: together they turn h into what a chunk starts from.
+        behind = at + (stride if REVERSE else -stride)
+        total = tl.load(chunked[None, :] + (behind + n * d), mask=inside & (i > begin)[:, None], other=0.0)
+        end = tl.load(chunked[None, :] + (behind + s * d), mask=inside & (i > begin)[:, None], other=0.0)
+        last = tl.minimum(begin + BLOCK_C, chunks) - 1
+        to_last = chunked + (chunks - 1 - last if REVERSE else last) * stride
+        last_total = tl.load(to_last + n * d, mask=in_d, other=0.0)
+        last_end = tl.load(to_last + s * d, mask=in_d, other=0.0)
         decay, end = tl.associative_scan((power(total * a[None, :], EXACT), end), 0, compose)
-        after = decay * h[None, :] + end  # the state behind each chunk
-        c_next = c - 1 if REVERSE else c + 1
-        inside_next = (i + 1 < chunks)[:, None] & in_d[None, :]
-        tl.store(starts + (((origin + c_next) * n + s)[:, None] * d + channel[None, :]), after, mask=inside_next)
-        if begin == 0:
-            edge = chunks - 1 if REVERSE else 0
-            tl.store(starts + (((origin + edge) * n + s) * d + channel), h, mask=in_d)
-        h = tl.sum(tl.where((i == begin + BLOCK_C - 1)[:, None], after, 0.0), 0)
+        start = decay * h[None, :] + end
+        h = tl.sum(tl.where((i == last)[:, None], start, 0.0), 0)
+        h = power(last_total * a, EXACT) * h + last_end
+        tl.debug_barrier()  # all has been read that is written now
+        tl.store(chunked[None, :] + (at + s * d), start, mask=inside)
 
 
 @triton.jit(do_not_specialize=VARY)
@@ -178,8 +183,8 @@ def outputs(
     """y at the written cells, (b, k, M, d); the last state; and, if asked, every interval-th state.
 
     ``initial`` is what the row starts from, (b, k, d, n) with free strides, or None for zero; if CHUNKED, what each
-    chunk starts from, (b, k, chunks, n, d). ``states`` is (b, k, cdiv(T, interval), n, d); chunk and interval divide
-    one another and STEPS divides both.
+    chunk starts from, as ``pass_states`` leaves it. ``states`` is (b, k, cdiv(T, interval), n, d); STEPS divides
+    chunk and interval.
     """
     first, k, c, b = place(tl.program_id(0), d, K, chunks, BLOCK_D)
     channel, state = first + tl.arange(0, BLOCK_D), state_index(BLOCK_N)
@@ -192,11 +197,8 @@ def outputs(
     bk = b.to(tl.int64) * K + k
     h = tl.zeros_like(a)
     if CHUNKED:
-        h = tl.load(
-            initial + (((bk * chunks + c) * n + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)),
-            mask=in_tile,
-            other=0.0,
-        )
+        initial += ((b.to(tl.int64) * chunks + c) * K + k) * (n + 2) * d
+        h = tl.load(initial + (along_n(state, BLOCK_N) * d + along_d(channel, BLOCK_N)), mask=in_tile, other=0.0)
     elif initial is not None:
         initial = row(initial, initial_b, initial_k, b, k, 1)
         h = tl.load(
