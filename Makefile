@@ -29,6 +29,7 @@ format: $(READY)
 
 docs: $(READY)  ## rewrite the generated tables
 	$(RUN) tools/docs.py
+	$(RUN) tools/speed.py
 
 # mmengine asks for opencv-python, albumentations for its headless twin; both write the folder cv2, and the first one needs
 # libGL, which a machine without a screen may lack. So the headless one is put in its place.
