@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,14 @@ def test_vivim_is_trained_and_answers_for_the_middle_frame(root, tmp_path, augme
     torch.testing.assert_close(task(clip.flatten(1, 2)), task.model(clip)[0][:, 2])
 
 
+def test_frames_are_in_the_order_of_time(root):
+    for kind in ("images", "masks"):
+        (root / kind / "v0" / "3.png").rename(root / kind / "v0" / "10.png")
+    cases = [case for part in clips(root).find().values() for case in part if case.name.startswith("v0_")]
+    assert [case.name for case in cases] == ["v0_0", "v0_2", "v0_10"]
+    assert [Path(file).name for file in cases[-1].images] == ["1.png", "2.png", "10.png", "10.png", "10.png"]
+
+
 def test_data_without_the_clip_s_frames_are_refused(root, tmp_path):
     data = clips(root, frames=3, preparation=Preparation((32, 32, 1), size=(32, 32, 1)))
     with pytest.raises(ValueError, match="the data must have 5 frames of 3 channels, got 9 channels in all"):
@@ -103,6 +113,8 @@ def test_data_without_the_clip_s_frames_are_refused(root, tmp_path):
 def test_what_is_no_video_is_refused(root):
     with pytest.raises(ValueError, match="frames must be odd"):
         clips(root, frames=4)
+    with pytest.raises(ValueError, match="test_images and test_labels must both be given"):
+        clips(root, test_images=str(root / "images"))
     with pytest.raises(ValueError, match="must be a folder, found none"):
         clips(root / "nowhere").find()
     with pytest.raises(ValueError, match="must hold a folder of masks for each video"):

@@ -266,6 +266,7 @@ def test_a_dataset_json_that_does_not_fit_is_refused(tmp_path, described, said):
     (lambda: Sampling(cache="disk"), "needs a folder"),
     (lambda: NNUNetRaw("x", loader=Loader(eval_batch_size=2)), "eval_batch_size must be 1"),
     (lambda: PairedFolders("x", "y", ["a", "b"], label_values=[0]), "must be one a class"),
+    (lambda: PairedFolders("x", "y", ["a", "b"], test_images="z"), "test_images and test_labels must both be given"),
 ])
 def test_bad_settings_are_refused(make, said):
     with pytest.raises(ValueError, match=said):

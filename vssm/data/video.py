@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,10 @@ class VideoFolders(VolumeData):
         if label_values is not None and len(label_values) != len(class_names):
             raise ValueError(
                 f"VideoFolders: label_values must be one a class, got {len(label_values)} for {len(class_names)}"
+            )
+        if (test_images is None) != (test_labels is None):
+            raise ValueError(
+                f"VideoFolders: test_images and test_labels must both be given, got {test_images!r} and {test_labels!r}"
             )
         super().__init__(loader, preparation, sampling, augment, predict)
         self.folders, self.test_folders = (Path(images), Path(labels)), (test_images, test_labels)
@@ -115,4 +120,6 @@ class VideoFolders(VolumeData):
 
 
 def _frames(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if suffix_of(file) in IMAGE_SUFFIXES and file.name[0] != ".")
+    """Images in the order of time: 10.png after 9.png."""
+    files = [file for file in folder.iterdir() if suffix_of(file) in IMAGE_SUFFIXES and file.name[0] != "."]
+    return sorted(files, key=lambda file: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", file.name)])

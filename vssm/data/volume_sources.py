@@ -233,6 +233,11 @@ class PairedFolders(VolumeData):
             raise ValueError(
                 f"PairedFolders: label_values must be one a class, got {len(label_values)} for {len(class_names)}"
             )
+        if (test_images is None) != (test_labels is None):
+            raise ValueError(
+                "PairedFolders: test_images and test_labels must both be given, "
+                f"got {test_images!r} and {test_labels!r}"
+            )
         super().__init__(loader, preparation, sampling, augment, predict)
         self.folders, self.test_folders = (Path(images), Path(labels)), (test_images, test_labels)
         self.names, self.values, self.label_suffix, self.split = class_names, label_values, label_suffix, split
