@@ -120,6 +120,7 @@ class SelectiveSSM(nn.Module):
         return f"{dim}, rows={rows}, d_state={d_state}, dt_rank={self.splits[0]}"
 
 
+@torch.fx.wrap  # models call project() alone, which timm's registration does not reach
 @register_notrace_function
 def step_sizes(dt: Tensor, weight: Tensor) -> Tensor:
     """Raw step sizes (b, k, l, d) from their factors (b, k, l, r) and (k, d, r).
