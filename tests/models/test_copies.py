@@ -30,7 +30,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["test_vmamba", "test_vim"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_block_copies_no_map(name, batch, monkeypatch):
-    """The layout is that of the kernels throughout. What they do inside is theirs; factors of step sizes are no maps."""
+    """The layout is that of the kernels throughout. What they do inside is theirs; step sizes have small factors."""
     def scanned(u, *args, **kwargs):
         return u.new_zeros(u.shape[0], *u.shape[-2:]), None
 
