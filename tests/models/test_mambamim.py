@@ -212,6 +212,12 @@ def test_starts_with_the_published_distributions():
     assert ssm.x_proj.abs().max() <= (6 / sum(ssm.x_proj.shape[1:])) ** 0.5
     assert (model.interpolation == 0).all()
     assert (model.encoder.blocks[0].mlp.fc1.bias == 0).all()
+    assert all(fill.abs().max() <= 0.02 for fill in model.fills)
+    conv, up = model.stages[0].convs[0], model.stages[0].up
+    assert conv.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert all((layer.bias == 0).all() for layer in (conv, up, model.out))
+    fan_out = up.weight[:, 0].numel()  # PyTorch takes the first axis of any weight for the outputs
+    assert up.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(

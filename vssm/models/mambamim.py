@@ -91,6 +91,18 @@ def two_convs(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequ
     )  # fmt: skip
 
 
+def init_decoder_(module: nn.Module) -> None:
+    """Of the published decoder: small weights, transposed convolutions by their fan-out; biases zero."""
+    if isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Conv2d | nn.Conv3d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
 class MambaMIM(nn.Module):
     """Pre-training: reconstruct the patches that the encoder does not see.
 
@@ -137,7 +149,8 @@ class MambaMIM(nn.Module):
         # Of the levels above the lowest, coarse to fine. As published: nothing of full resolution reaches the loss.
         skips = channels[:1:-1]
         self.fills = nn.ParameterList(
-            nn.init.trunc_normal_(torch.empty(1, skip, *(1,) * spatial_dims), std=0.02) for skip in skips
+            nn.init.trunc_normal_(torch.empty(1, skip, *(1,) * spatial_dims), std=0.02, a=-0.02, b=0.02)
+            for skip in skips
         )
         lowest = nn.Identity() if dim == widths[0] else conv(dim, widths[0], 1)
         self.projections = nn.ModuleList(
@@ -146,6 +159,8 @@ class MambaMIM(nn.Module):
         self.fuses = nn.ModuleList(two_convs(spatial_dims, 2 * width, width) for width in widths[1:-1])
         self.stages = nn.ModuleList(UpStage(spatial_dims, width) for width in widths[:-1])
         self.out = conv(widths[-1], in_channels, 1)
+        for part in (self.fuses, self.stages, self.out):
+            part.apply(init_decoder_)
 
     def check(self, x: Tensor) -> None:
         """Refuse images that are not made of whole patches, or of too few.
