@@ -88,7 +88,7 @@ def causal_conv1d_fn(
         seq_idx: Must be None: packed sequences are not supported.
         initial_states: The w - 1 inputs before the first, (b, d, w - 1); zero if None.
         return_final_states: Return (y, final states) instead of y; these are the last w - 1 inputs, (b, d, w - 1).
-        final_states_out: Filled with the final states, if they are returned.
+        final_states_out: Filled with the final states.
         activation: None, ``"silu"`` or ``"swish"``, which is the same.
 
     Raises:
