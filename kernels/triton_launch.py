@@ -296,13 +296,3 @@ def parameter_grads(parts: Tensor, parameters: tuple[Tensor, Tensor | None, Tens
     launch(sum_parameters, cdiv(d, 32) * k * rows, (parts, *grads, prod(pieces), k, d, rows - 2),
            dict(A_SHARED=shared[0], D_SHARED=shared[1], BIAS_SHARED=shared[2], BLOCK_S=64, BLOCK_D=32), 4)  # fmt: skip
     return grads
-
-
-def parameter_grad(summed: Tensor, x: Tensor | None, dims: int) -> Tensor | None:
-    """The gradient of a parameter that has ``dims`` axes with its rows, from that of each row.
-
-    It is contiguous and a tensor of its own: outputs of a custom op must not share memory.
-    """
-    if x is None:
-        return None
-    return summed.clone(memory_format=torch.contiguous_format) if x.dim() == dims else summed.sum(0).contiguous()
