@@ -254,7 +254,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
         # Flat: the layout of a shape with a symbol that may be 1 would be a guard.
         shape, dtype = implementation("selective_scan", backend).saved(p.b, k, p.t, p.d, p.n, p.u.dtype)
         states = p.A.new_empty(prod(shape), dtype=dtype)
-        ungated = empty if p.z is None or backend == "triton" else p.u.new_empty(p.y_shape)
+        ungated = empty if p.z is None or backend == "triton" else p.A.new_empty(p.y_shape)
     return p.u.new_empty(p.y_shape), p.A.new_empty(p.state_shape), states, ungated
 
 

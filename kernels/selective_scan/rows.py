@@ -10,11 +10,10 @@ from vssm.kernels.selective_scan.problem import Problem
 
 
 def gate(p: Problem, y: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    """y in its own dtype from the merged sum in the compute dtype, and y before the gate if it is saved."""
+    """y in its own dtype from the merged sum in the compute dtype, and y before the gate, as it is, if it is saved."""
     if p.z is None:
         return y.to(p.u.dtype), y.new_empty(0)
-    ungated = y.to(p.u.dtype) if save else y.new_empty(0)
-    return (y * F.silu(_z(p))).to(p.u.dtype), ungated
+    return (y * F.silu(_z(p))).to(p.u.dtype), y if save else y.new_empty(0)
 
 
 def ungate(p: Problem, grad_y: Tensor, ungated: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -104,6 +104,17 @@ def test_optional_operands_may_be_absent(backend, device):
     assert_close(on(backend, device, inputs), defined(inputs), TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("merge", [None, "sum"], ids=["rows", "sum"])
+def test_the_gradient_of_the_gate_is_rounded_once(backend, merge, device):
+    torch.manual_seed(0)
+    inputs = rounded(scan_inputs(2, 2, 40, 24, 4), torch.bfloat16)
+    name, options = "grad of z", dict(delta_softplus=True, merge=merge)
+    expected = defined(inputs, **options)[name]
+    found = on(backend, device, inputs, **options)[name]
+    assert error(found, expected) < 1.05 * error(expected.bfloat16(), expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_are_free(backend, device):
     """Permuted, sliced, expanded and reversed operands give what their copies give."""
