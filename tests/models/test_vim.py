@@ -332,8 +332,8 @@ def test_backbone_features_are_branches_or_the_stream(last):
     model = VimBackbone(trunk, (2,), "stream", last)
     x, grid = trunk.embed(torch.randn(2, 3, 64, 64))
     for block in trunk.blocks:
-        x = block.turn_in(x)
-        branch = block.branch(x, grid)
+        x = trunk.rope(x)
+        branch = block.mixer(block.norm(x), grid)
         x = x + branch
     expected = {"branch": branch, "stream": x, "norm": trunk.norm(x)}[last]
     assert torch.equal(model.feature(2, branch, x), expected)

@@ -281,10 +281,8 @@ def _run_vim(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     x, grid = model.embed(inputs["x"])
     out: dict[str, Tensor] = {}
     for i, block in enumerate(model.blocks):
-        x = block.turned(x, grid)
-        branch = block.branch(x, grid)
-        out |= {f"layers.{i}.hidden": branch, f"layers.{i}.residual": x}
-        x = x + branch
+        read, branch, x = block.step(x, grid)
+        out |= {f"layers.{i}.hidden": branch, f"layers.{i}.residual": read}
     x = model.norm(x)
     return out | {"features": model.forward_head(x, pre_logits=True), "logits": model.forward_head(x)}
 

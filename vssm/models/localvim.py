@@ -91,16 +91,14 @@ class LocalVimBlock(nn.Module):
         self.norm, self.mixer, self.rope = norm, mixer, rope
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def turned(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        return x if self.rope is None else self.rope.turn(x, grid)
-
-    def branch(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """What the block adds to the stream."""
-        return self.mixer(self.norm(x), grid)
-
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        x = self.turned(x, grid)
-        return x + self.drop_path(self.branch(x, grid))
+        return self.step(x, grid)[2]
+
+    def step(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream as the block reads it, the branch that it makes of it, and the stream behind it."""
+        x = x if self.rope is None else self.rope.turn(x, grid)
+        branch = self.mixer(self.norm(x), grid)
+        return x, branch, x + self.drop_path(branch)
 
 
 class LocalVim(Isotropic):
@@ -255,10 +253,8 @@ class LocalVimBackbone(nn.Module):
         x, grid = self.trunk.embed(x)
         found = {}
         for i, block in enumerate(self.trunk.blocks[: max(self.out_indices) + 1]):
-            x = block.turned(x, grid)
             saving = self.trunk.grad_checkpointing
-            branch = checkpoint(block.branch, x, grid) if saving else block.branch(x, grid)
-            x = x + block.drop_path(branch)
+            _, branch, x = checkpoint(block.step, x, grid) if saving else block.step(x, grid)
             if i in self.out_indices:
                 found[i] = branch
         return [to_map(norm(found[i]), grid) for i, norm in zip(self.out_indices, self.out_norms, strict=True)]

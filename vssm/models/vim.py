@@ -71,13 +71,14 @@ class VimBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.turn_in, self.turn_out = turn_in or nn.Identity(), turn_out or nn.Identity()
 
-    def branch(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """What the block adds to the stream."""
-        return self.layer_scale(self.mixer(self.norm(x), grid))
-
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        return self.step(x, grid)[2]
+
+    def step(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream as the block reads it, the branch that it makes of it, and the stream behind it."""
         x = self.turn_in(x)
-        return x + self.turn_out(self.drop_path(self.branch(x, grid)))
+        branch = self.layer_scale(self.mixer(self.norm(x), grid))
+        return x, branch, x + self.turn_out(self.drop_path(branch))
 
 
 class Vim(Isotropic):
@@ -310,9 +311,8 @@ class VimBackbone(nn.Module):
         x, grid = self.trunk.embed(x)
         blocks, maps = self.trunk.blocks[: max(self.out_indices) + 1], {}
         for i, block in enumerate(blocks):
-            x = block.turn_in(x)
-            branch = checkpoint(block.branch, x, grid) if self.trunk.grad_checkpointing else block.branch(x, grid)
-            x = x + block.turn_out(block.drop_path(branch))
+            saving = self.trunk.grad_checkpointing
+            _, branch, x = checkpoint(block.step, x, grid) if saving else block.step(x, grid)
             if i in self.out_indices:
                 maps[i] = to_map(self.feature(i, branch, x), grid)
         take = self.out_indices * 4 if len(self.out_indices) == 1 else self.out_indices
@@ -491,9 +491,7 @@ def _published_detector(kwargs: Mapping[str, Any]) -> Published:
     def run(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         x, grid = model.embed(inputs["x"])
         for block in model.blocks:
-            x = block.turn_in(x)
-            branch = block.branch(x, grid)
-            x = x + block.turn_out(branch)
+            _, branch, x = block.step(x, grid)
         return {name: to_map(branch if process == "none" else x, grid)}
 
     return Published(model, keys(kwargs.get("bimamba_type", "v2")), run)
@@ -503,9 +501,7 @@ def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Te
     x, grid = model.embed(inputs["x"])
     out: dict[str, Tensor] = {}
     for i, block in enumerate(model.blocks):
-        x = block.turn_in(x)
-        branch = block.branch(x, grid)
-        out |= {f"layers.{i}.hidden": branch, f"layers.{i}.residual": x}
-        x = x + block.turn_out(branch)
+        read, branch, x = block.step(x, grid)
+        out |= {f"layers.{i}.hidden": branch, f"layers.{i}.residual": read}
     x = model.norm(x)
     return out | {"features": model.forward_head(x, pre_logits=True), "logits": model.forward_head(x)}
