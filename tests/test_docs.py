@@ -15,6 +15,7 @@ from tree import ROOT, sources
 OPTIONAL = {  # parts that an extra brings
     "vssm.data": "lightning", "vssm.tasks": "lightning", "vssm.cli": "lightning", "vssm.data.volume": "monai",
     "vssm.tasks.segmentation": "monai", "vssm.tasks.sliding": "monai", "vssm.tasks.case_report": "monai",
+    "vssm.tasks.losses": "monai", "vssm.tasks.measures": "monai",
     "vssm.cli.predict": "monai", "vssm.registries.monai": "monai", "vssm.registries.mmseg": "mmseg",
     "vssm.registries.nnunet.trainers": "nnunetv2",
 }  # fmt: skip

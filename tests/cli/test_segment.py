@@ -16,7 +16,7 @@ from small_volumes import AFFINE, blob, nnunet_folder, save, volume_config
 
 from vssm.cli.predict import main as predict
 from vssm.cli.train import main as train
-from vssm.tasks.segmentation import dice
+from vssm.tasks.measures import dice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,9 +24,11 @@ from vssm.data.augmentation import SliceAugment
 from vssm.data.loading import Loader
 from vssm.data.volume_sources import NNUNetRaw, PairedFolders
 from vssm.data.volumes import Preparation, Sampling, Split
-from vssm.tasks.optimizer import Optimizer
+from vssm.tasks.losses import Loss
+from vssm.tasks.measures import dice, hausdorff95_mm
+from vssm.tasks.optimizer import Freeze, Optimizer
 from vssm.tasks.report import PredictionWriter
-from vssm.tasks.segmentation import Freeze, Inference, Loss, Segmentation, dice, hausdorff95_mm
+from vssm.tasks.segmentation import Inference, Segmentation
 
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
          "enable_progress_bar": False, "enable_model_summary": False}

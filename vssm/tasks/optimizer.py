@@ -1,7 +1,8 @@
-"""Parameter groups, optimiser and learning rate, shared by all tasks; the work is timm's."""
+"""Parameter groups, what is frozen, optimiser and learning rate, shared by all tasks; the work is timm's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -129,3 +130,37 @@ def _schedule_free() -> Callable[..., torch.optim.Optimizer]:
             "pip install 'vssm[train]' or pip install schedulefree"
         ) from error
     return AdamWScheduleFree
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Keep some parameters as they are for the first epochs, such as an encoder that starts from a classifier.
+
+    Their gradients are dropped before they are clipped and applied, so that the optimiser, too, first sees these
+    parameters when they are free.
+
+    Args:
+        epochs: How many; 0 freezes nothing.
+        parameters: Regular expression that the names of the parameters begin with.
+    """
+
+    epochs: int = 0
+    parameters: str = r"encoder\."
+
+    def of(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters of a model that this freezes.
+
+        Raises:
+            ValueError: If the expression matches none or all.
+        """
+        if not self.epochs:
+            return []
+        named = dict(model.named_parameters())
+        frozen = [parameter for name, parameter in named.items() if re.match(self.parameters, name)]
+        if len(frozen) in (0, len(named)):
+            raise ValueError(
+                f"Freeze: parameters must match the names of some parameters of {type(model).__name__}, "
+                f"{self.parameters!r} matches {len(frozen)} of {len(named)}, which begin with "
+                f"{', '.join(sorted({name.partition('.')[0] for name in named}))}"
+            )
+        return frozen

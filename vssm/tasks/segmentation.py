@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback
 from monai.inferers import sliding_window_inference
-from monai.losses import DiceCELoss
-from monai.metrics import compute_hausdorff_distance
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -26,80 +22,11 @@ from vssm.data.volumes import Scan
 from vssm.registries.zoo import create_model, list_models
 from vssm.tasks.base import Task, settings
 from vssm.tasks.case_report import CaseReport, Picture
-from vssm.tasks.optimizer import Optimizer, Schedule
+from vssm.tasks.losses import Loss, deep_supervision
+from vssm.tasks.measures import dice, hausdorff95_mm
+from vssm.tasks.optimizer import Freeze, Optimizer, Schedule
 from vssm.tasks.report import PredictionWriter
 from vssm.tasks.sliding import Inference, segment, window_logits
-
-
-@dataclass(frozen=True)
-class Loss:
-    """MONAI's ``DiceCELoss``: Dice and cross-entropy with these weights, on softmax probabilities.
-
-    Of a network with a single channel: on the sigmoid's, the cross-entropy being binary.
-
-    Args:
-        dice, ce: Weights.
-        include_background: Let the background count in the Dice term.
-        batch: Take the Dice over the whole batch, not sample by sample.
-        squared: Square the predictions and targets in the denominator.
-        smooth: Added to numerator and denominator of the Dice term.
-    """
-
-    dice: float = 1.0
-    ce: float = 1.0
-    include_background: bool = False
-    batch: bool = False
-    squared: bool = False
-    smooth: float = 1e-5
-
-    def build(self, channels: int) -> DiceCELoss:
-        """Make the loss: logits (B, channels, …) and class numbers (B, 1, …) to a number."""
-        return DiceCELoss(
-            include_background=self.include_background or channels == 1,
-            to_onehot_y=channels > 1,
-            softmax=channels > 1,
-            sigmoid=channels == 1,
-            smooth_nr=self.smooth,
-            smooth_dr=self.smooth,
-            squared_pred=self.squared,
-            batch=self.batch,
-            lambda_dice=self.dice,
-            lambda_ce=self.ce,
-        )
-
-
-@dataclass(frozen=True)
-class Freeze:
-    """Keep some parameters as they are for the first epochs, such as an encoder that starts from a classifier.
-
-    Their gradients are dropped before they are clipped and applied, so that the optimiser, too, first sees these
-    parameters when they are free.
-
-    Args:
-        epochs: How many; 0 freezes nothing.
-        parameters: Regular expression that the names of the parameters begin with.
-    """
-
-    epochs: int = 0
-    parameters: str = r"encoder\."
-
-    def of(self, model: nn.Module) -> list[nn.Parameter]:
-        """The parameters of a model that this freezes.
-
-        Raises:
-            ValueError: If the expression matches none or all.
-        """
-        if not self.epochs:
-            return []
-        named = dict(model.named_parameters())
-        frozen = [parameter for name, parameter in named.items() if re.match(self.parameters, name)]
-        if len(frozen) in (0, len(named)):
-            raise ValueError(
-                f"Freeze: parameters must match the names of some parameters of {type(model).__name__}, "
-                f"{self.parameters!r} matches {len(frozen)} of {len(named)}, which begin with "
-                f"{', '.join(sorted({name.partition('.')[0] for name in named}))}"
-            )
-        return frozen
 
 
 class Segmentation(Task):
@@ -255,19 +182,14 @@ class Segmentation(Task):
 
     def loss(self, images: Tensor, target: Tensor) -> Tensor:
         """Return the loss for images (B, C, …) and class numbers (B, …)."""
-        outputs, target = self(images), target.unsqueeze(1)
-        target = target.float() if self.out_channels == 1 else target.long()
-        if not isinstance(outputs, (list, tuple)):
-            return self.criterion(outputs.float(), target)
-        weights = [0.5**level for level in range(len(outputs))]
-        if len(weights) > 1:
-            weights[-1] = 0.0
-        terms = [
-            weight * self.criterion(logits.float(), _shrunk(target, logits.shape[2:]))
-            for weight, logits in zip(weights, outputs)
-            if weight
-        ]
-        return torch.stack(terms).sum() / sum(weights)
+        outputs, target = self(images), self._wanted(target)
+        if isinstance(outputs, (list, tuple)):
+            return deep_supervision(self.criterion, outputs, target)
+        return self.criterion(outputs.float(), target)
+
+    def _wanted(self, target: Tensor) -> Tensor:
+        """Class numbers (B, …) as the criterion takes them, (B, 1, …)."""
+        return target.unsqueeze(1).to(torch.float if self.out_channels == 1 else torch.long)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.current_epoch < self.freeze.epochs:
@@ -300,9 +222,8 @@ class Segmentation(Task):
             sw_device=self.device,
             device="cpu",
         )
-        target = scan.label[None, None]
-        target = target.float() if self.out_channels == 1 else target.long()
-        self.val_loss.update(self.criterion(logits[:, -self.out_channels :], target).to(self.device))
+        loss = self.criterion(logits[:, -self.out_channels :], self._wanted(scan.label[None]))
+        self.val_loss.update(loss.to(self.device))
         spacing = np.linalg.norm(scan.affine[:3, :3], axis=0)
         truth, predicted = scan.label.numpy(), logits[0].argmax(0).numpy()
         self._score("val", scan, truth, predicted, spacing)
@@ -421,39 +342,6 @@ def write_prediction(folder: Path, scan: Scan, predicted: np.ndarray, values: tu
     file = folder / f"{scan.case.name}{'.png' if suffix_of(like) in IMAGE_SUFFIXES else '.nii.gz'}"
     write_label(file, predicted, like)
     return file
-
-
-def dice(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Return twice the overlap over the sum of the sizes of two masks; NaN if both are empty.
-
-    >>> dice(np.array([True, True, False]), np.array([True, False, False]))
-    0.6666666666666666
-    """
-    total = int(truth.sum()) + int(predicted.sum())
-    return 2 * int((truth & predicted).sum()) / total if total else float("nan")
-
-
-def hausdorff95_mm(truth: np.ndarray, predicted: np.ndarray, spacing_mm: np.ndarray) -> float:
-    """Return the 95th percentile of the distances between two surfaces, the larger of both ways, by MONAI.
-
-    NaN if either mask is empty: there is no distance then. Axes of one voxel are left out.
-    """
-    if not truth.any() or not predicted.any():
-        return float("nan")
-    thick = [axis for axis, n in enumerate(truth.shape) if n > 1]
-    either = np.nonzero(truth | predicted)
-    box = tuple(slice(max(int(i.min()) - 1, 0), int(i.max()) + 2) for i in either)  # beyond it nothing changes
-    flat = tuple(axis for axis in range(truth.ndim) if axis not in thick)
-    a, b = (torch.from_numpy(np.ascontiguousarray(mask[box].squeeze(flat)))[None, None] for mask in (truth, predicted))
-    spacing = [float(spacing_mm[axis]) for axis in thick]
-    return float(compute_hausdorff_distance(b, a, include_background=True, percentile=95, spacing=spacing)[0, 0])
-
-
-def _shrunk(target: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Class numbers (B, 1, …) on a coarser grid, taken from the nearest voxel."""
-    if target.shape[2:] == size:
-        return target
-    return F.interpolate(target.float(), size, mode="nearest-exact").to(target.dtype)
 
 
 def _build(
