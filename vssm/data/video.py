@@ -10,10 +10,11 @@ from vssm.data.augmentation import PatchAugment
 from vssm.data.loading import Loader
 from vssm.data.preparation import Preparation, Split
 from vssm.data.volume_files import IMAGE_SUFFIXES, Case, stem_of, suffix_of
-from vssm.data.volumes import Sampling, VolumeData
+from vssm.data.volume_sources import PairedFolders
+from vssm.data.volumes import Sampling
 
 
-class VideoFolders(VolumeData):
+class VideoFolders(PairedFolders):
     """A folder with the frames of each video, and one with their masks: ``IMAGES/VIDEO/FRAME``, ``LABELS/VIDEO/FRAME``.
 
     A case is a frame with a mask, in the middle of a clip; at both ends of a video the last frame is repeated. The
@@ -50,35 +51,24 @@ class VideoFolders(VolumeData):
     ):
         if frames < 1 or frames % 2 == 0:
             raise ValueError(f"VideoFolders: frames must be odd, the mask is that of the middle one, got {frames}")
-        if label_values is not None and len(label_values) != len(class_names):
-            raise ValueError(
-                f"VideoFolders: label_values must be one a class, got {len(label_values)} for {len(class_names)}"
-            )
-        if (test_images is None) != (test_labels is None):
-            raise ValueError(
-                f"VideoFolders: test_images and test_labels must both be given, got {test_images!r} and {test_labels!r}"
-            )
-        super().__init__(loader, preparation, sampling, augment, predict)
-        self.folders, self.test_folders = (Path(images), Path(labels)), (test_images, test_labels)
-        self.names, self.values, self.frames, self.split = class_names, label_values, frames, split
+        super().__init__(
+            images, labels, class_names, label_values=label_values, split=split, test_images=test_images,
+            test_labels=test_labels, loader=loader, preparation=preparation, sampling=sampling, augment=augment,
+            predict=predict,
+        )  # fmt: skip
+        self.frames = frames
 
-    def find(self) -> dict[str, list[Case]]:
-        self.class_names, self.label_values = self.names, tuple(self.values or range(len(self.names)))
-        videos = self._videos(*self.folders)
+    def _divided(self, images: Path, labels: Path) -> dict[str, list[Case]]:
+        videos = self._videos(images, labels)
         parts = self.split.assign("VideoFolders", [Case(name, ()) for name in videos])
-        cases = {part: [case for video in chosen for case in videos[video.name]] for part, chosen in parts.items()}
-        if self.test_folders[0] and self.test_folders[1]:
-            if cases["test"]:
-                raise ValueError("VideoFolders: test_images is given; set split.test to 0")
-            tested = self._videos(Path(self.test_folders[0]), Path(self.test_folders[1]))
-            cases["test"] = [case for clips in tested.values() for case in clips]
-        return cases
+        return {part: [case for video in chosen for case in videos[video.name]] for part, chosen in parts.items()}
+
+    def _cases(self, images: Path, labels: Path) -> list[Case]:
+        return [case for clips in self._videos(images, labels).values() for case in clips]
 
     def _videos(self, images: Path, labels: Path) -> dict[str, list[Case]]:
         """The clips of each video whose middle frame has a mask."""
-        for folder in (images, labels):
-            if not folder.is_dir():
-                raise ValueError(f"VideoFolders: {folder} must be a folder, found none")
+        self._check_folders(images, labels)
         videos = {}
         for folder in sorted(path for path in labels.iterdir() if path.is_dir() and path.name[0] != "."):
             masks = {stem_of(file): str(file) for file in _frames(folder)}

@@ -231,11 +231,12 @@ class PairedFolders(VolumeData):
     ):
         if label_values is not None and len(label_values) != len(class_names):
             raise ValueError(
-                f"PairedFolders: label_values must be one a class, got {len(label_values)} for {len(class_names)}"
+                f"{type(self).__name__}: label_values must be one a class, got {len(label_values)} for "
+                f"{len(class_names)}"
             )
         if (test_images is None) != (test_labels is None):
             raise ValueError(
-                "PairedFolders: test_images and test_labels must both be given, "
+                f"{type(self).__name__}: test_images and test_labels must both be given, "
                 f"got {test_images!r} and {test_labels!r}"
             )
         super().__init__(loader, preparation, sampling, augment, predict)
@@ -244,17 +245,25 @@ class PairedFolders(VolumeData):
 
     def find(self) -> dict[str, list[Case]]:
         self.class_names, self.label_values = self.names, tuple(self.values or range(len(self.names)))
-        cases = self.split.assign("PairedFolders", self._cases(*self.folders))
+        cases = self._divided(*self.folders)
         if self.test_folders[0] and self.test_folders[1]:
             if cases["test"]:
-                raise ValueError("PairedFolders: test_images is given; set split.test to 0")
+                raise ValueError(f"{type(self).__name__}: test_images is given; set split.test to 0")
             cases["test"] = self._cases(Path(self.test_folders[0]), Path(self.test_folders[1]))
         return cases
 
-    def _cases(self, images: Path, labels: Path) -> list[Case]:
-        for folder in (images, labels):
+    def _check_folders(self, *folders: Path) -> None:
+        for folder in folders:
             if not folder.is_dir():
-                raise ValueError(f"PairedFolders: {folder} must be a folder, found none")
+                raise ValueError(f"{type(self).__name__}: {folder} must be a folder, found none")
+
+    def _divided(self, images: Path, labels: Path) -> dict[str, list[Case]]:
+        """The cases of two folders by what they are for."""
+        return self.split.assign(type(self).__name__, self._cases(images, labels))
+
+    def _cases(self, images: Path, labels: Path) -> list[Case]:
+        """The cases of two folders."""
+        self._check_folders(images, labels)
         masks = {stem_of(file): str(file) for file in labels.iterdir() if suffix_of(file) and file.name[0] != "."}
         files = sorted(file for file in images.iterdir() if suffix_of(file) and file.name[0] != ".")
         lone = [file.name for file in files if stem_of(file) + self.label_suffix not in masks]
