@@ -109,6 +109,19 @@ def kind_of(
     return found
 
 
+def decided(
+    rules: Rules, operands: Operands, same: tuple[bool, ...], options: tuple[Any, ...], backend: str | None
+) -> tuple[Any, list[Any], str]:
+    """What the check returns, the values of the problem, and the backend, for a call that compilers or tracers see.
+
+    Sizes may be symbols there, which do not hash: such calls have no kind.
+    """
+    checked, dtypes = rules.check(operands, same), rules.dtypes(operands)
+    first = operands[0]
+    name = chosen(rules.op, first.device, dtypes[0] or first.dtype, backend)
+    return checked, [*(clean(x, dtype) for x, dtype in zip(operands, dtypes)), *options], name
+
+
 def layouts(tensors: Operands) -> list[tuple[Any, ...] | None]:
     """Dtypes and strides."""
     return [None if x is None else (x.dtype, x.stride()) for x in tensors]

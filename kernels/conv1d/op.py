@@ -23,8 +23,7 @@ from vssm.kernels.kinds import (
     Operands,
     Rules,
     autocast_dtype,
-    chosen,
-    clean,
+    decided,
     kind_of,
     layouts,
     recording,
@@ -107,12 +106,8 @@ def causal_conv1d(
 def _traced(
     operands: Operands, same: tuple[bool], options: tuple[bool, bool], backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """The call as compilers and tracers see it; sizes may be symbols there, which do not hash."""
-    one_row = RULES.check(operands, same)
-    x = operands[0]
-    wanted = RULES.dtypes(operands)
-    problem: list[Any] = [*(clean(x, dtype) for x, dtype in zip(operands, wanted)), *options]
-    name = chosen(RULES.op, x.device, wanted[0] or x.dtype, backend)
+    """The call as compilers and tracers see it."""
+    one_row, problem, name = decided(RULES, operands, same, options, backend)
     if name == "reference":
         y, last_state = reference.causal_conv1d(_checked(Problem(*problem)))
     else:
@@ -160,18 +155,12 @@ def _checked(p: Problem) -> Problem:
     return p
 
 
-def _forward(p: Problem, kind: Kind | str) -> tuple[Tensor, Tensor]:
-    """y (b, k, m, d) and the last inputs (b, k, d, w - 1), both contiguous and in the dtype of x.
-
-    ``kind`` is that of the call, or the backend's name.
-    """
+def _forward(p: Problem, backend: str, kind: Kind | None = None) -> tuple[Tensor, Tensor]:
+    """y (b, k, m, d) and the last inputs (b, k, d, w - 1), both contiguous and in the dtype of x."""
     if p.x.numel() == 0:
         return p.x.new_zeros(p.y_shape), p.x.new_zeros(p.state_shape)
-    name = kind if isinstance(kind, str) else kind.backend
-    run = implementation("conv1d", name).forward
-    if name == "triton":
-        return run(p, None if isinstance(kind, str) else kind)
-    return run(_checked(p))
+    run = implementation("conv1d", backend).forward
+    return run(p, kind) if backend == "triton" else run(_checked(p))
 
 
 def _forward_again(kind: Kind, operands: Operands) -> Sequence[Tensor]:
@@ -180,7 +169,7 @@ def _forward_again(kind: Kind, operands: Operands) -> Sequence[Tensor]:
         results = implementation("conv1d", "triton").forward_again(kind, operands)
         if results is not None:
             return results
-    return _forward(kind.problem(operands), kind)
+    return _forward(kind.problem(operands), kind.backend, kind)
 
 
 def _backward(

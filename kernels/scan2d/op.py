@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vssm.kernels.backends import choose, implementation, traced
+from vssm.kernels.backends import implementation, traced
 from vssm.kernels.checks import match
+from vssm.kernels.kinds import autocast_dtype, chosen
 from vssm.kernels.operands import check_kinds, dense
 from vssm.kernels.scan2d import reference
 from vssm.kernels.scan2d.problem import Problem
@@ -91,30 +92,25 @@ def scan2d(
     if sizes["n"] == 0:
         raise ValueError(f"{who}: there must be at least one state, got A_top {tuple(A_top.shape)}")
 
-    kind = u.dtype
-    if not u.is_meta and torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
-        kind = torch.get_autocast_dtype(u.device.type)
-        values |= {name: values[name].to(kind) for name in maps}
+    cast = autocast_dtype(u)
+    kind = cast or u.dtype
+    if cast is not None:
+        values |= {name: values[name].to(cast) for name in maps}
     compute = torch.float64 if kind == torch.float64 else torch.float32
     values |= {name: None if values[name] is None else values[name].to(compute) for name in ("A_top", "A_left", "D")}
 
-    chosen = _chosen(u.device, kind, backend)
+    name = chosen("scan2d", u.device, kind, backend)
     operands = [dense(values[name]) for name in OPERANDS]
     problem: list[Any] = [*operands, delta_softplus, reverse]
-    if chosen == "reference":
+    if name == "reference":
         y = reference.scan2d(Problem(*problem)) if u.numel() else torch.zeros_like(operands[0])
     elif traced(u):
-        y = torch.ops.vssm.scan2d(*problem, chosen)
+        y = torch.ops.vssm.scan2d(*problem, name)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        y = _Scan2d.apply(*problem, chosen)
+        y = _Scan2d.apply(*problem, name)
     else:
-        y = _forward(Problem(*problem), chosen)
+        y = _forward(Problem(*problem), name)
     return y.flatten(1, 2) if u.dim() == 3 else y
-
-
-@torch.compiler.assume_constant_result
-def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
-    return choose("scan2d", device, dtype, backend)
 
 
 def _forward(p: Problem, backend: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vssm.kernels.backends import implementation, traced
-from vssm.kernels.kinds import Kind, Operands, chosen, clean, kind_of, layouts, recording
+from vssm.kernels.kinds import Kind, Operands, decided, kind_of, layouts, recording
 from vssm.kernels.operands import check_cells, dense, fleeting, index_or_steps
 from vssm.kernels.selective_scan import reference
 from vssm.kernels.selective_scan.problem import Problem
@@ -112,12 +112,8 @@ def selective_scan(
 def _traced(
     operands: Operands, same: tuple[bool, bool], options: tuple[bool, bool, bool], backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """The call as compilers and tracers see it; sizes may be symbols there, which do not hash."""
-    k = RULES.check(operands, same)
-    u = operands[0]
-    wanted = RULES.dtypes(operands)
-    problem: list[Any] = [*(clean(x, dtype) for x, dtype in zip(operands, wanted)), *options]
-    name = chosen(RULES.op, u.device, wanted[0] or u.dtype, backend)
+    """The call as compilers and tracers see it."""
+    k, problem, name = decided(RULES, operands, same, options, backend)
     if name == "reference":
         return reference.selective_scan(_checked(Problem(*problem)))
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem[:12])
@@ -133,18 +129,14 @@ def _checked(p: Problem) -> Problem:
     return p
 
 
-def _forward(p: Problem, save: bool, kind: Kind | str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y, last state, and what the backward needs: states inside the sequence, y before the gate.
-
-    ``kind`` is that of the call, or the backend's name.
-    """
+def _forward(
+    p: Problem, save: bool, backend: str, kind: Kind | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y, last state, and what the backward needs: states inside the sequence, y before the gate."""
     if p.u.numel() == 0:
         return p.u.new_zeros(p.y_shape), p.u.new_zeros(p.state_shape, dtype=p.compute_dtype), None, None
-    name = kind if isinstance(kind, str) else kind.backend
-    run = implementation("selective_scan", name).forward
-    if name == "triton":
-        return run(p, save, None if isinstance(kind, str) else kind)
-    return run(_checked(p), save)
+    run = implementation("selective_scan", backend).forward
+    return run(p, save, kind) if backend == "triton" else run(_checked(p), save)
 
 
 def _forward_again(kind: Kind, operands: Operands) -> Sequence[Any]:
@@ -153,7 +145,7 @@ def _forward_again(kind: Kind, operands: Operands) -> Sequence[Any]:
         results = implementation("selective_scan", "triton").forward_again(kind, operands)
         if results is not None:
             return *results, None
-    return _forward(kind.problem(operands), kind.save, kind)
+    return _forward(kind.problem(operands), kind.save, kind.backend, kind)
 
 
 def _backward(
