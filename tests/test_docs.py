@@ -7,10 +7,12 @@ import doctest
 import io
 import re
 from importlib import import_module
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 
 import pytest
 from tree import ROOT, sources
+
+import docs
 
 OPTIONAL = {  # parts that an extra brings
     "vssm.data": "lightning", "vssm.tasks": "lightning", "vssm.cli": "lightning", "vssm.data.volume": "monai",
@@ -68,20 +70,11 @@ def test_docstring_examples(name):
     assert result.failed == 0
 
 
-def tools_docs():
-    """``tools/docs.py`` as a module."""
-    spec = spec_from_file_location("tools_docs", ROOT / "tools" / "docs.py")
-    docs = module_from_spec(spec)
-    spec.loader.exec_module(docs)
-    return docs
-
-
 COUNTED = ("vim_tiny", "vmamba_nano", "segmamba_nano")  # the rest is counted again by the slow test
 
 
 def test_generated_tables_are_up_to_date():
     """README's model table and docs/models.md are what the zoo says; ``make docs`` writes them."""
-    docs = tools_docs()
     readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/models.md"))
     known = {name: counts for name, counts in docs.known_from(page).items() if name not in COUNTED}
     assert known.keys() | set(COUNTED) == set(docs.names()), "run make docs"
@@ -91,9 +84,8 @@ def test_generated_tables_are_up_to_date():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tools_docs().names())
+@pytest.mark.parametrize("name", docs.names())
 def test_the_numbers_in_the_tables_hold(name):
-    docs = tools_docs()
     assert docs.known_from((ROOT / "docs/models.md").read_text(encoding="utf-8"))[name] == docs.numbers(name)
 
 

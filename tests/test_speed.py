@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import pages
 import pytest
-from tree import ROOT
+import speed as tool
 
 MACHINE = {"device": "a GPU", "driver": "1.2.3", "torch": "2", "triton": "3", "vssm": "0", "python": "3"}
 
@@ -15,16 +16,12 @@ MACHINE = {"device": "a GPU", "driver": "1.2.3", "torch": "2", "triton": "3", "v
 @pytest.fixture
 def speed(tmp_path, monkeypatch):
     """The tool, with results of its own."""
-    spec = spec_from_file_location("tools_speed", ROOT / "tools" / "speed.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(tool, "RESULTS", tmp_path)
 
     def keep(name, suite, rows):
         (tmp_path / name).write_text(json.dumps({"machine": MACHINE, "suite": suite, "rows": rows}))
 
-    module.keep = keep
-    return module
+    return SimpleNamespace(**vars(tool), keep=keep)
 
 
 def row(model, mode, inference, training, **more):
@@ -34,10 +31,23 @@ def row(model, mode, inference, training, **more):
 
 
 def test_pages_are_up_to_date():
-    spec = spec_from_file_location("tools_speed", ROOT / "tools" / "speed.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.main(["--check"]) == 0
+    assert tool.main(["--check"]) == 0
+
+
+def test_a_page_is_written_or_only_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    old = "<!-- list: a -->\nold\n<!-- /list -->\n"
+    new = pages.with_block(old, "list", "new")
+    assert new == "<!-- list: a -->\nnew\n<!-- /list -->\n"
+    (tmp_path / "a.md").write_text(old)
+    assert pages.write({"a.md": new}, check=True) == 1
+    assert (tmp_path / "a.md").read_text() == old
+    assert pages.write({"a.md": new}, check=False) == 0
+    assert (tmp_path / "a.md").read_text() == new
+    assert pages.write({"a.md": new}, check=True) == 0
+    assert capsys.readouterr().out == "a.md is not up to date; run make docs\na.md is written\n"
+    with pytest.raises(SystemExit, match="must have <!-- list: … --> and <!-- /list --> once"):
+        pages.with_block("", "list", "new")
 
 
 def test_says_what_is_slower_than_swin(speed):

@@ -14,12 +14,13 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
+from pages import ROOT, markdown, with_block, write
+
 from vssm.cli.flops import PUBLISHED
 from vssm.cli.models import HEADER, numbers, row
 from vssm.models.variant import Variant, Weights, families, variants
 from vssm.registries.zoo import list_models
 
-ROOT = Path(__file__).resolve().parent.parent
 EVALUATE = "vssm train validate --config configs/classification/imagenet_eval.yaml"
 INTRODUCTION = """# Models
 
@@ -64,12 +65,6 @@ def members(family: ModuleType) -> list[Variant]:
     return [variants()[name] for name in names() if variants()[name] in family.VARIANTS]
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is the header."""
-    header, *body = rows
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *body))
-
-
 def span(texts: Iterable[str], unit: str) -> str:
     """"7.1 M", "97.6 M" -> "7.1–97.6 M"; a dash where there is nothing."""
     numbers = sorted(float(text.removesuffix(unit)) for text in texts if text != "–")
@@ -98,19 +93,13 @@ def readme(text: str, known: Known) -> str:
     """README with the table between its two comments replaced."""
     header = ("family", "task", "models", "parameters", "GFLOPs", "as published", "licence of code",
               "licence of weights", "paper")  # fmt: skip
-    table = markdown([header, *(family_row(family, known) for family in families())])
-    replaced, count = re.subn(
-        r"(?s)(<!-- models: .*? -->\n).*?(<!-- /models -->)", lambda found: f"{found[1]}{table}\n{found[2]}", text
-    )
-    if count != 1:
-        raise SystemExit("tools/docs.py: README.md must have <!-- models: … --> and <!-- /models --> once")
-    return replaced
+    return with_block(text, "models", markdown(header, [family_row(family, known) for family in families()]))
 
 
 def page(known: Known) -> str:
     """docs/models.md: all variants in one table, then a section a family and a part a variant."""
     lines = [line(name, known) for name in names()]
-    table = markdown([HEADER, *map(linked, lines)])
+    table = markdown(HEADER, [linked(cells) for cells in lines])
     parts = [INTRODUCTION, f"{table}\n"]
     counted = {name: parameters for name, _, parameters, *_ in lines}
     for family in families():
@@ -163,20 +152,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a file is not up to date")
     parser.add_argument("--recount", action="store_true", help="count parameters and GFLOPs of all models again")
     options = parser.parse_args()
-    check, status, models = options.check, 0, ROOT / "docs" / "models.md"
+    models = ROOT / "docs" / "models.md"
     known = known_from(models.read_text(encoding="utf-8")) if models.exists() and not options.recount else {}
     known |= {name: numbers(name) for name in names() if name not in known}
-    pages = {ROOT / "README.md": lambda text: readme(text, known), models: lambda text: page(known)}
-    for path, make in pages.items():
-        old = path.read_text(encoding="utf-8") if path.exists() else ""
-        new = make(old)
-        if new == old:
-            continue
-        status = 1
-        if not check:
-            path.write_text(new, encoding="utf-8")
-        print(f"{path.relative_to(ROOT)} {'is not up to date; run make docs' if check else 'is written'}")
-    return status if check else 0
+    front = readme((ROOT / "README.md").read_text(encoding="utf-8"), known)
+    return write({"README.md": front, "docs/models.md": page(known)}, options.check)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from pages import ROOT, markdown, with_block, write
+
 RESULTS = ROOT / "docs" / "benchmarks"
 YARDSTICK = "swin_tiny_patch4_window7_224"
 TIMM = (YARDSTICK, "convnext_tiny", "deit_small_patch16_224")
@@ -39,10 +38,6 @@ def results(suite: str) -> list[Row]:
             for row in record["rows"]:
                 rows[row.get("case", row.get("model")), row.get("mode", "")] = row | {"machine": record["machine"]}
     return list(rows.values())
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *rows))
 
 
 def shown(value: float | None) -> str:
@@ -149,10 +144,7 @@ def page() -> str:
 
 def readme(text: str) -> str:
     rows = classifiers()
-    block = f"{short_table(rows)}\n\n{slower(rows)}\n"
-    return re.sub(
-        r"(?s)(<!-- speed: .*? -->\n).*?(<!-- /speed -->)", lambda found: f"{found[1]}{block}{found[2]}", text
-    )
+    return with_block(text, "speed", f"{short_table(rows)}\n\n{slower(rows)}")
 
 
 STYLE = (
@@ -260,22 +252,13 @@ def algorithm() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a file is not up to date")
-    check, status = parser.parse_args(argv).check, 0
     pages = {
         "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),
         "docs/speed.md": page(),
         "docs/chunks.svg": algorithm(),
         "docs/kernels.svg": chart(results("kernels")),
     }
-    for name, new in pages.items():
-        path = ROOT / name
-        if path.exists() and path.read_text(encoding="utf-8") == new:
-            continue
-        status = 1
-        if not check:
-            path.write_text(new, encoding="utf-8")
-        print(f"{name} {'is not up to date; run make docs' if check else 'is written'}")
-    return status if check else 0
+    return write(pages, parser.parse_args(argv).check)
 
 
 if __name__ == "__main__":
