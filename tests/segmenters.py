@@ -78,7 +78,7 @@ class Segmenter:
             ({"spatial_dims": 4}, "spatial_dims must be "),
             ({"in_channels": 0}, "in_channels must be a whole number from 1, got 0"),
             ({"out_channels": 2.0}, "out_channels must be a whole number from 1, got 2.0"),
-            ({"mixer": "attention"}, "mixer must be one of '?scan'?, '?conv'?, got 'attention'"),
+            ({"mixer": "attention"}, "mixer must be one of 'scan', 'conv', got 'attention'"),
         ],
     )
     def test_refuses_arguments_that_mean_nothing(self, kwargs, message):

@@ -52,6 +52,7 @@ class ScanMixer(nn.Module):
     """
 
     fuses_gate = True  # the kernel may gate
+    ssm_type = SelectiveSSM
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class ScanMixer(nn.Module):
             self.sequence_conv = SequenceConv(width // heads, 1 if shared else rows, conv_size, conv_bias)
         self.act = get_act_layer(act)()
         rank = dt_rank or math.ceil(dim // heads / 16)
-        self.ssm = SelectiveSSM(
+        self.ssm = self.ssm_type(
             width // heads, rows, d_state, rank,
             per_row=(sequences and not shared) or self.in_heads, shared=shared, init=init,
         )  # fmt: skip

@@ -14,23 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from vssm.kernels import selective_scan
-from vssm.layers.again import MadeAgain, Make
+from vssm.layers.again import MadeAgain
 from vssm.layers.conv import CONVS, ConvMixer, halving_conv, same_conv
 from vssm.layers.instance_norm import InstanceNorm
-from vssm.layers.layout import to_map, to_tokens
+from vssm.layers.layout import over_tokens, to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.mlp import LeanMlp
 from vssm.layers.norm import TokenNorm
-from vssm.layers.ssm import decay, ssm_parameters
+from vssm.layers.parts import check_choice
+from vssm.layers.ssm import SelectiveSSM, ssm_parameters, step_sizes
 from vssm.layers.unetr import ResidualBlock, UpBlock
 from vssm.models.keys import Rule, rename, reshape
 from vssm.models.mamba_keys import mamba_keys
@@ -60,40 +59,26 @@ class SpatialGate(nn.Module):
         return self.norm_act(conv(x))
 
 
-class VolumeMixer(ScanMixer):
-    """A mixer whose projections have widths that GPUs' matrix units read at full speed: filled up with zeros.
+class VolumeSSM(SelectiveSSM):
+    """An SSM whose projections have widths that GPUs' matrix units read at full speed: filled up with zeros."""
 
-    Its backward pass makes two large tensors again, the convolved input of each direction and its steps. Both have as
-    many numbers as all that it keeps otherwise, and cost little beside the scan.
-    """
-
-    def mix(self, x: Tensor, z: Tensor | None, grid: Sequence[int]) -> Tensor:
-        if self.shared:
-            return super().mix(x, z, grid)
-        table = self.table(grid, x.device)
-        convolve: Make = partial(self.sequence_conv, table=table, revisits=self.revisits)  # type: ignore[misc]
-        u = convolve(x)
-        with MadeAgain() as again:
-            B, C, dt = self.project(again.later(u, convolve, x))
-            A_log, D, dt_bias = self.ssm.coefficients()
-            y, _ = selective_scan(
-                u, again.later(self.steps(dt), self.steps, dt), decay(A_log), B, C, D, z, dt_bias,
-                delta_softplus=True, table=table, merge="sum", revisits=self.revisits,
-            )  # fmt: skip
-        return y
-
-    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """B, C and the factors of the steps, views of one tensor, (b, k, l, ·)."""
-        rank, states, _ = self.ssm.splits
-        dt, gates = self.ssm.x_proj.split((rank, 2 * states), 1)
+    def project(
+        self, u: Tensor, rows: slice = slice(None), again: MadeAgain | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rank, states, _ = self.splits
+        dt, gates = self.x_proj[rows].split((rank, 2 * states), 1)
         fill = -(rank + 2 * states) % 8 if u.is_cuda else 0
         low = u @ torch.cat([gates, nn.functional.pad(dt, (0, 0, 0, fill))], 1).mT
-        B, C, dt = low.split((states, states, rank + fill), -1)
-        return B, C, dt
+        B, C, dt = low.split((states, states, rank + fill), -1)  # each (b, k, l, ·), a view
+        weight = nn.functional.pad(self.dt_weight[rows], (0, fill))
+        delta = step_sizes(dt, weight)
+        return delta if again is None else again.later(delta, step_sizes, dt, weight), B, C
 
-    def steps(self, dt: Tensor) -> Tensor:
-        """Raw step sizes (b, k, l, d) from their factors."""
-        return dt @ nn.functional.pad(self.ssm.dt_weight, (0, dt.shape[-1] - self.ssm.splits[0])).mT
+
+class VolumeMixer(ScanMixer):
+    """A mixer with a ``VolumeSSM``."""
+
+    ssm_type = VolumeSSM
 
 
 class MambaBlock(nn.Module):
@@ -114,7 +99,7 @@ class Stage(nn.Module):
     def __init__(self, downsample: nn.Module, gate: nn.Module, blocks: Sequence[nn.Module], dim: int):
         super().__init__()
         self.downsample, self.gate, self.blocks = downsample, gate, nn.Sequential(*blocks)
-        self.norm, self.mlp = InstanceNorm(), Mlp(dim, 2 * dim)
+        self.norm, self.mlp = InstanceNorm(), LeanMlp(dim, 2 * dim)
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,9 +109,7 @@ class Stage(nn.Module):
         return x, checkpoint(self.branch, x) if self.grad_checkpointing else self.branch(x)
 
     def branch(self, x: Tensor) -> Tensor:
-        h, mlp = self.mlp.fc1(to_tokens(self.norm(x))), self.mlp
-        with MadeAgain() as again:
-            return to_map(mlp.fc2(again.later(mlp.act(h), mlp.act, h)), x.shape[2:])
+        return over_tokens(self.mlp, self.norm(x))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -171,8 +154,7 @@ class SegMamba(Segmenter):
         mixer: str = "scan",
     ):
         super().__init__(spatial_dims, in_channels, out_channels, multiple=2 ** len(depths))
-        if mixer not in MIXERS:
-            raise ValueError(f"SegMamba: mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
+        check_choice("SegMamba", "mixer", mixer, MIXERS)
         for name, values in (("features", features), ("slices", slices)):
             if values is not None and len(values) != len(depths):
                 raise ValueError(f"SegMamba: {name} must have one entry a stage ({len(depths)}), got {tuple(values)}")
