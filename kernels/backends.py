@@ -3,7 +3,7 @@
 An op is a folder, a backend is a module in it: ``reference`` (the definition), ``torch`` (plain tensor operations, any
 device), ``cpu`` (compiled by Numba) and ``triton`` (CUDA, ROCm, XPU). The device decides; ``backend=``,
 :func:`use_backend` and the environment variable ``VSSM_BACKEND``, in this order, overrule it (set the variable before
-the first call: the selective scan reads it once for operands of a kind).
+the first call: ops may read it once for operands of a kind).
 """
 
 from __future__ import annotations
