@@ -11,9 +11,10 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import kernel_cases
 import pytest
 import torch
-from kernel_cases import conv_inputs, rounded, scan_inputs, value_and_grads
+from kernel_cases import assert_close, conv_inputs, rounded, scan_inputs, value_and_grads
 from tolerance import TOLERANCE, error
 from torch import Tensor
 
@@ -37,20 +38,10 @@ def permutations(k: int, l: int) -> Tensor:
 
 
 def on_gpu(inputs: dict[str, Tensor], options: dict, device: str = "cuda") -> dict[str, Tensor]:
-    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
-    op = partial(selective_scan, backend="triton")
-    return value_and_grads(op, {name: x.to(device) for name, x in inputs.items()}, **options)
+    return kernel_cases.on(selective_scan, "triton", torch.device(device), inputs, **options)
 
 
-def defined(inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
-    op = partial(selective_scan, backend="reference")
-    return value_and_grads(op, {name: x.double() for name, x in inputs.items()}, **options)
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    for name, value in expected.items():
-        rounding = error(value.to(actual[name].dtype), value)
-        assert error(actual[name], value) < tolerance + rounding, name
+defined = partial(kernel_cases.defined, selective_scan)
 
 
 INTERPRETED = """
@@ -77,6 +68,11 @@ def check(op, problem, names, inputs, **rest):
     assert error(y, expected[0]) < 1e-5 and error(last, expected[1]) < 1e-5
     for name, grad in grads.items():
         assert error(actual[name], grad) < 1e-5, name
+    if op == "selective_scan":
+        left = ("A", "B", "C", "D", "delta_bias")
+        needed = tuple(name not in left for name in p._fields[:12])
+        for name, grad in zip(scan, compiled.backward(p, *weights, *saved, needed=needed)):
+            assert grad is None if name in left else torch.equal(grad, actual[name]), f"{name} is not asked for"
 
 torch.manual_seed(0)
 scan = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -190,13 +186,13 @@ def test_another_length_compiles_nothing():
 @pytest.mark.parametrize("l", [1, 9, 500])
 def test_gluon_kernels_agree_with_the_definition_and_the_plain_ones(l, shared, n, monkeypatch):
     """And it is they that run."""
-    inputs, dtype = rounded(scan_inputs(2, 2, l, 40, n, shared=shared), torch.bfloat16), torch.bfloat16
+    inputs, tolerance = rounded(scan_inputs(2, 2, l, 40, n, shared=shared), torch.bfloat16), TOLERANCE[torch.bfloat16]
     options = dict(delta_softplus=True, table=permutations(2, l), revisits=False)
     gluon = on_gpu(inputs, options)
     monkeypatch.setattr(import_module("vssm.kernels.selective_scan.triton"), "use_gluon", False)
     plain, expected = on_gpu(inputs, options), defined(inputs, **options)
-    assert_close(gluon, expected, TOLERANCE[dtype])
-    assert_close(plain, expected, TOLERANCE[dtype])
+    assert_close(gluon, expected, tolerance)
+    assert_close(plain, expected, tolerance)
     assert any(not torch.equal(gluon[name], plain[name]) for name in gluon) or l == 1
 
 
@@ -315,16 +311,24 @@ def test_a_cuda_graph_replays_the_scan():
 @gpu
 def test_the_driver_and_tritons_launcher_do_the_same(monkeypatch):
     """The first call is made, the second replayed by the driver, the third by a shortcut, the last one by Triton."""
-    replay = import_module("vssm.kernels.triton_replay")
+    replay, kinds = (import_module(f"vssm.kernels.{name}") for name in ("triton_replay", "kinds"))
+
+    def forget() -> None:
+        monkeypatch.setattr(replay, "_recipes", {})
+        monkeypatch.setattr(kinds, "_kinds", {})
+
+    forget()
     inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(2, 2, 300, 32, 16, shared="u").items()}
     run = partial(value_and_grads, partial(selective_scan, backend="triton"), inputs, delta_softplus=True)
     run = partial(run, table=permutations(2, 300).cuda(), merge="sum", revisits=False)
     made, directly, shorter = run(), run(), run()
     assert any(recipe is not None and recipe.direct is not None for recipe in replay._recipes.values())
+    assert any(kind.shortcuts for kind in kinds._kinds.values())
     monkeypatch.setattr(replay.triton_direct, "arguments", lambda *_: None)
-    monkeypatch.setattr(replay, "_recipes", {})
+    forget()  # the shortcuts too, which end in the driver
     run()
     by_triton = run()
+    assert any(recipe is not None for recipe in replay._recipes.values())
     assert all(recipe is None or recipe.direct is None for recipe in replay._recipes.values())
     for name, value in made.items():
         assert torch.equal(value, directly[name]), name
@@ -346,7 +350,7 @@ def test_a_thread_without_a_context_launches():
 
 
 @gpu
-def test_gradients_that_nobody_asks_for_are_left_out():
+def test_gradients_do_not_depend_on_which_are_asked_for():
     inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(2, 2, 100, 32, 16, shared="u").items()}
     options = dict(delta_softplus=True, table=permutations(2, 100).cuda(), merge="sum", revisits=False)
     names = ["u", "delta", "z"]
