@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import interpret, needs_interpreter
 from tolerance import TOLERANCE, error
 from torch.nn import functional as F
+from tree import ROOT
 
 from vssm.layers.instance_norm import InstanceNorm
 from vssm.layers.layout import to_map, to_tokens
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def interpreter_works() -> bool:
-    try:
-        return tuple(int(number) for number in version("triton").split(".")[:2]) >= (3, 7)
-    except PackageNotFoundError:
-        return False
 
 
 def plain(x, residual, slope):
@@ -88,9 +76,8 @@ def test_refuses_what_has_no_variance_or_cannot_be_undone():
         InstanceNorm(-1)
 
 
-INTERPRETED = """
-import os, sys
-sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests"), os.path.join(os.getcwd(), "tests", "layers")]
+INTERPRETED = f"""
+sys.path += [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "layers")!r}]
 import torch
 from test_instance_norm import agree
 from vssm.kernels.instance_norm import triton as kernels
@@ -134,13 +121,9 @@ def agree(call, size, dtype, mode, slope, device="cpu"):
         assert error(actual, value) < bound
 
 
-@pytest.mark.skipif(not interpreter_works(), reason="needs Triton 3.7: the interpreter before fails with NumPy 2.5")
+@needs_interpreter
 def test_kernels_agree_with_the_formula_in_tritons_interpreter():
-    """Without a GPU; in a process of its own, since Triton decides at its import."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERPRETED]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    interpret(INTERPRETED)
 
 
 def on_gpu(x, residual, normed, slope, grad):

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from interpreter import interpret, needs_interpreter
 from tolerance import TOLERANCE, error
 from torch.nn import functional as F
-from tree import run_python
 
 from vssm.layers.norm import ChannelNorm, TokenNorm, TokenRmsNorm
 
-triton = pytest.importorskip("triton")
-# Triton 3.6 interprets a loop bound as int(array of one element), which NumPy refuses from 2.4 on
-interpreter_works = [int(part) for part in triton.__version__.split(".")[:2]] >= [3, 7] or (
-    [int(part) for part in np.__version__.split(".")[:2]] < [2, 4]
-)
-
 INTERPRETED = """
-import os
-os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import vssm
 from torch.nn import functional as F
@@ -47,9 +38,9 @@ print("agrees")
 """
 
 
-@pytest.mark.skipif(not interpreter_works, reason="this Triton's interpreter does not run beside this NumPy")
+@needs_interpreter
 def test_kernels_agree_with_torch_in_the_interpreter():
-    assert run_python(INTERPRETED).split() == ["agrees"]
+    assert interpret(INTERPRETED).split() == ["agrees"]
 
 
 @pytest.mark.gpu
