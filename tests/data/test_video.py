@@ -60,6 +60,15 @@ def test_a_clip_has_the_frames_around_the_one_with_a_mask(root):
     assert (last.name, last.label) == (f"{video}_3", str(root / "masks" / video / "3.png"))
 
 
+def test_videos_that_are_apart_are_the_test_cases(root):
+    apart = {"test_images": str(root / "images"), "test_labels": str(root / "masks")}
+    found = clips(root, split=Split(val=0.34), **apart).find()
+    assert [case.name for case in found["test"]] == [f"v{video}_{i}" for video in range(3) for i in (0, 2, 3)]
+    assert {len(found[part]) for part in ("train", "val")} == {3, 6}
+    with pytest.raises(ValueError, match=r"VideoFolders: test_images is given; set split\.test to 0"):
+        clips(root, **apart).find()
+
+
 def test_frames_are_channels(root):
     data = clips(root)
     data.setup("fit")
