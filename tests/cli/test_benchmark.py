@@ -93,7 +93,7 @@ def test_a_model_of_every_kind_infers_and_trains(name, size, monkeypatch):
     assert len(seen) == 2
 
 
-def test_what_fails_stands_in_its_row(monkeypatch):
+def test_what_fails_stands_in_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(_benchmark_models, "DEVICE", "cpu")
 
     def timed(step, graphed):
@@ -104,6 +104,8 @@ def test_what_fails_stands_in_its_row(monkeypatch):
     rows = list(_benchmark_models.models(["test_vmamba"], ["eager", "graphed"], torch.bfloat16, True, 1, 60))
     assert [row["mode"] for row in rows] == ["eager without core", "graphed without core"]
     assert all(row["error"] == "RuntimeError: no graph of this" for row in rows)
+    benchmark.plot(rows, "models", "cpu", tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
 
 
 def test_models_in_processes_of_their_own(tmp_path, monkeypatch):
@@ -170,8 +172,6 @@ def test_one_process_measures_at_a_time(tmp_path, monkeypatch):
 
 def test_kernels_are_compared_by_device_time(monkeypatch):
     """Every row has the same columns; a sequence has no other order."""
-    from types import SimpleNamespace
-
     from vssm.cli._timing import Timing
 
     def times(case, order, dtype):
@@ -179,8 +179,7 @@ def test_kernels_are_compared_by_device_time(monkeypatch):
         return Timing(9.0, 0.5 * slow), Timing(9.0, 2.0 * slow), 7.0
 
     monkeypatch.setattr(benchmark, "scan_times", times)
-    options = SimpleNamespace(orders=benchmark.ORDERS)
-    sequence, grid = benchmark.kernels(["vim_t_224", "vmamba_s1"], torch.bfloat16, options)
+    sequence, grid = benchmark.kernels(["vim_t_224", "vmamba_s1"], torch.bfloat16, None)
     assert sequence.keys() == grid.keys()
     assert sequence["both ratio"] == 0.829 / 2
     assert sequence["forward hilbert x"] == ""

@@ -215,7 +215,7 @@ class Turns:
 
 
 class SharedTurns(Turns):
-    """One process of several is timed at a time, on cores that the others leave; compiled models when none compiles.
+    """One process of several is timed at a time, on cores that the others leave; all but eager ones when none compiles.
 
     Args:
         lock: A file for this GPU; a second one beside it is held by those who compile.

@@ -67,9 +67,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("suite", choices=("kernels", "scans", "models", "cpu"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases or models (vim_tiny, fcos/vmamba_tiny)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--orders", nargs="*", choices=ORDERS, default=ORDERS, help="kernels: times along these tables over raster's"
-    )
     group = parser.add_argument_group("models")
     group.add_argument("--set", nargs="+", choices=SETS, default=["classifiers"], help="which, if --only does not say")
     group.add_argument(
@@ -149,7 +146,7 @@ def kernels(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> I
             row |= {f"{what} ms": time.device, f"{what} peer": peer, f"{what} ratio": peer / time.device}
         row |= {"forward floor": case.floor, "forward called": forward.called, "both called": both.called}
         row["peak MB"] = memory
-        for order in args.orders:  # a sequence lies as it lies
+        for order in ORDERS:  # a sequence lies as it lies
             others = scan_times(case, order, dtype)[:2] if len(case.grid) > 1 else (None, None)
             for what, time, other in zip(("forward", "both"), (forward, both), others, strict=True):
                 row[f"{what} {order} x"] = "" if other is None else other.device / time.device
@@ -304,7 +301,7 @@ def plot(rows: list[dict[str, Any]], suite: str, device: str, path: Path) -> Non
     for axes, (title, keys) in zip(panels[:, 0], series.items()):
         width = 0.8 / len(keys)
         for i, key in enumerate(keys):
-            axes.bar([x + i * width for x in range(len(rows))], [row[key] for row in rows], width, label=key)
+            axes.bar([x + i * width for x in range(len(rows))], [row.get(key, 0) for row in rows], width, label=key)
         axes.set_xticks([x + 0.4 - width / 2 for x in range(len(rows))], names, rotation=20, ha="right")
         axes.set_title(f"{title}, {device}")
         if suite == "kernels":
