@@ -320,10 +320,20 @@ def test_the_backbone_gives_four_strides_and_trains_every_parameter(stride, feat
     assert [tuple(y.shape[2:]) for y in maps] == expected
     sum(y.square().sum() for y in maps).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    model.set_grad_checkpointing()
     assert "trunk.pos_embed" in model.no_weight_decay()
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
-    model.eval()(torch.randn(1, 3, 64, 96))[0].sum().backward()                              # recomputes, and runs
+
+
+def test_the_backbone_recomputes_its_blocks_and_nothing_changes():
+    options = dict(class_token=None, global_pool="avg", rope="block", drop_path_rate=0.5)
+    trunk = Vim(img_size=64, embed_dim=8, depth=3, **options)
+    model, x, results = VimBackbone(trunk, (1,), "stream"), torch.randn(4, 3, 64, 64), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(0)
+        maps = model(x)
+        results.append([*maps, *torch.autograd.grad(maps[2].square().sum(), list(trunk.blocks[:2].parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("last", ["branch", "stream", "norm"])
