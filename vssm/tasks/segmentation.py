@@ -153,7 +153,7 @@ class Segmentation(Task):
                 f"{self.in_channels}; set model.init_args.in_channels={data.in_channels}"
             )
         self.preparation = data.preparation
-        sides = [size for size in data.preparation.patch if size > 1 or data.preparation.flat_axis is None]
+        sides = [size for size in data.preparation.patch if size > 1]
         frames = [self.frames] if self.frames > 1 else []
         try:
             if hasattr(self.model, "check"):
