@@ -69,7 +69,7 @@ class Task(LightningModule):
 
     def run_model(self, images: Any, target: Any) -> Any:
         """Run the model as the loss does, to find out where a value that is not finite comes from."""
-        return self.model(images)
+        return self(images)
 
     def loss(self, images: Any, target: Any) -> Tensor:
         """Return the training loss of ``self(images)``."""

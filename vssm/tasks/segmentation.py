@@ -172,9 +172,6 @@ class Segmentation(Task):
         outputs = self.model(images.unflatten(1, (self.frames, -1)))
         return (outputs[0] if isinstance(outputs, tuple) else outputs)[:, self.frames // 2]
 
-    def run_model(self, images: Tensor, target: Tensor) -> Any:
-        return self(images)
-
     # ---- training ----
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
