@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sheets import batch_norm, conv, linear, merge, norm, scan, ssm, sub, unit, without_statistics
+from tolerance import error
 
 import vssm
 from vssm.models.keys import to_published
@@ -341,7 +342,3 @@ def test_a_model_is_that_of_its_sheet(name, size, channels, batch):
         p = without_statistics(to_published(model.state_dict(), row.keys))
         with torch.no_grad():
             assert error(model(x), SHEETS[name](p, x.permute(0, 2, 3, 1), depths)) < bound, name
-
-
-def error(y, expected):
-    return (y - expected).abs().max() / expected.abs().max()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from sheets import batch_norm, conv, linear, merge, norm, ssm, sub, without_statistics
 from timm.layers import DropPath
+from tolerance import error
 
 import vssm
 from vssm.models.keys import to_published
@@ -233,16 +234,16 @@ def test_a_network_is_that_of_its_sheet(name, options, sheet, channels, size):
     expected = sheet(p, x.permute(0, 2, 3, 1))
     y = model(x)
     assert y.shape == (2, 3, *size)
-    assert (y - expected[0]).abs().max() < 1e-9 * expected[0].abs().max()
+    assert error(y, expected[0]) < 1e-9
     weights = torch.randn_like(y)
     ours, theirs = (torch.autograd.grad((z * weights).sum(), x)[0] for z in (y, expected[0]))
-    assert (ours - theirs).abs().max() < 1e-8 * theirs.abs().max()
+    assert error(ours, theirs) < 1e-8
     if len(expected) > 1 or any("running_" in key for key in p):
         with torch.no_grad():
             every = model.train()(x)
             expected = sheet(without_statistics(p), x.permute(0, 2, 3, 1))
         for ours, theirs in zip(every if len(expected) > 1 else [every], expected, strict=True):
-            assert (ours - theirs).abs().max() < 1e-9 * theirs.abs().max()
+            assert error(ours, theirs) < 1e-9
 
 
 def test_the_decoder_of_swinumamba_d_starts_as_pytorch_does():
