@@ -8,7 +8,6 @@ many samples at a time as fit in WORKSPACE: more samples fill a GPU better, fewe
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from vssm.kernels.scan2d.problem import Problem
 from vssm.kernels.scan2d.triton_kernels import gradients, outputs
+from vssm.kernels.triton_launch import on
 
 FORWARD, BACKWARD = (128, 1), (512, 4)  # states of one cell that a program holds (channels times states), warps
 AHEAD = 2  # cells whose inputs are loaded before they are used
@@ -29,7 +29,7 @@ def forward(p: Problem) -> Tensor:
     maps = [x.flatten(1, 2) for x in (p.u, p.delta_top, p.delta_left, p.B_top, p.B_left, p.C)]
     y = torch.empty(p.u.shape, dtype=p.u.dtype, device=p.u.device)
     lines = torch.empty(p.b * blocks, p.w, block_n, block_d, dtype=torch.float32, device=p.u.device)
-    with _current(p.u.device):
+    with on(p.u.device):
         outputs[(p.b * blocks,)](
             *maps[:3], p.A_top.contiguous(), p.A_left.contiguous(), *maps[3:], p.D, y, lines,
             *_strides(maps), p.h, p.w, p.d, p.n, 1,
@@ -65,7 +65,7 @@ def backward(p: Problem, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         part = slice(start, min(start + samples, p.b))
         count = part.stop - start
         u, delta_top, delta_left, B_top, B_left, C, dy = (x[part] for x in maps)
-        with _current(device):
+        with on(device):
             gradients[(count * blocks,)](
                 u, delta_top, delta_left, A_top, A_left, B_top, B_left, C, p.D, dy, scratch, messages,
                 du[part], ddelta_top[part], ddelta_left[part], dA_top[part], dA_left[part], *parts,
@@ -89,8 +89,3 @@ def _blocks(p: Problem, tile: int) -> tuple[int, int, int]:
 def _strides(maps: list[Tensor]) -> list[int]:
     """Batch and cell strides of flattened maps."""
     return [stride for x in maps for stride in x.stride()[:2]]
-
-
-def _current(device: torch.device) -> AbstractContextManager:
-    """Launch on ``device``, as Triton launches on the current one; the interpreter runs on the CPU."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
