@@ -145,7 +145,7 @@ class ScanMixer(nn.Module):
     def mix(self, x: Tensor, z: Tensor | None, grid: Sequence[int]) -> Tensor:
         """Convolve, scan (and gate with silu(z)) and normalise (b, l, d) tokens."""
         table = self.table(grid, x.device)
-        origin: tuple[Make, list[Tensor]] | None = None  # of u
+        origin: tuple[Make, list[Tensor]] | None  # of u
         if self.sequence_conv is not None:
             x = split_heads(x, self.heads, self.rows) if self.in_heads else x
             first = table[:1] if self.shared else table
