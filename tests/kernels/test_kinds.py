@@ -71,7 +71,7 @@ def test_the_backend_asked_for_is_part_of_the_kind(op, first):
 @pytest.mark.parametrize(
     ("op", "options"),
     [(scan, {"delta_softplus": False}), (scan, {"merge": "sum"}), (convolve, {"activation": "silu"})],
-    ids=str,
+    ids=["scan softplus", "scan merge", "conv1d activation"],
 )
 def test_options_are_part_of_the_kind(op, options):
     for _ in range(2):
