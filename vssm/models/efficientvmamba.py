@@ -32,7 +32,7 @@ from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename
 from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
-from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
+from vssm.models.variant import Published, Variant, Weights, constructor, translated
 from vssm.scans import scan_shape, to_sequences
 
 REPOSITORY = "TerryPei/EfficientVMamba"
@@ -220,9 +220,7 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """``EfficientVSSM`` or ``Backbone_EfficientVSSM`` of the published code as our model."""
-    name = entry.partition(":")[2]
-    if name not in ("EfficientVSSM", "Backbone_EfficientVSSM"):
-        raise NotCovered(f"entry {entry!r} is no model of this family")
+    name = constructor(entry, "EfficientVSSM", "Backbone_EfficientVSSM")
     given = dict(kwargs)
     out_indices = given.pop("out_indices", (0, 1, 2, 3))
     ours = translate(given)

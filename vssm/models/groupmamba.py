@@ -25,7 +25,7 @@ from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.models.backbone import run_classifier
 from vssm.models.base import Hierarchical, linear_head, make_stages
 from vssm.models.keys import Rule, rename, reshape, stack
-from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
+from vssm.models.variant import Published, Variant, Weights, constructor, translated
 from vssm.scans import scan_rows, scan_table, visits_once
 
 REPOSITORY = "Amshaker/GroupMamba"
@@ -395,8 +395,7 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """``GroupMamba`` of the published code as our model."""
-    if entry.partition(":")[2] != "GroupMamba":
-        raise NotCovered(f"entry {entry!r} is no model of this family")
+    constructor(entry, "GroupMamba")
     return Published(GroupMamba(**translate(kwargs)), KEYS, _run)
 
 

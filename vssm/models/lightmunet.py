@@ -11,7 +11,6 @@ blocks hold none of the depthwise convolutions that the paper draws there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -27,7 +26,7 @@ from vssm.layers.ssm import ssm_parameters
 from vssm.models.keys import Rule, rename
 from vssm.models.mamba_keys import mamba_keys
 from vssm.models.segmenter import Blocks, Segmenter
-from vssm.models.variant import NotCovered, Published, Variant
+from vssm.models.variant import Published, Variant, constructor, translated, twins
 
 REPOSITORY = "MrBlankness/LightM-UNet"
 GROUPS = 8
@@ -209,26 +208,18 @@ VARIANTS = [
              blocks_down=(1, 1, 1, 1)),
     _variant("test_lightmunet", "for tests", spatial_dims=2, in_channels=3, blocks_down=(1, 2), blocks_up=(1,)),
 ]  # fmt: skip
-VARIANTS += [
-    replace(row, name=f"{row.name}_nomamba", kwargs={**row.kwargs, "mixer": "conv"}, description=f"{row.name}'s twin")
-    for row in VARIANTS
-]
+VARIANTS += twins(VARIANTS)
 
-SAME = {"spatial_dims", "in_channels", "out_channels", "init_filters", "blocks_down", "blocks_up"}
+SAME = {
+    name: name for name in ("spatial_dims", "in_channels", "out_channels", "init_filters", "blocks_down", "blocks_up")
+}
 UNCHANGED = {"dropout_prob": None, "norm_name": "", "num_groups": GROUPS, "use_conv_final": True}
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """The published ``LightMUNet`` as our model."""
-    if entry.partition(":")[2] != "LightMUNet":
-        raise NotCovered(f"entry {entry!r} is no model of this family")
-    given = dict(kwargs)
-    for key, value in UNCHANGED.items():
-        if given.pop(key, value) != value:
-            raise NotCovered(f"{key}={kwargs[key]!r}")
-    if given.keys() - SAME:
-        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - SAME))}")
-    model = LightMUNet(**given)
+    constructor(entry, "LightMUNet")
+    model = LightMUNet(**translated(kwargs, SAME, UNCHANGED))
     # The norms of the narrowest map magnify rounding.
     return Published(model, keys(max(map(len, model.stages))), _run, float32_bounds={"down3": 1e-3})
 

@@ -26,7 +26,7 @@ from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, drop, rename, reshape, stack
 from vssm.models.localvim import EPS, SEARCHED, LocalVim, LocalVimBackbone
 from vssm.models.names import SSM_SHAPES, frame
-from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
+from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left, translated
 
 REPOSITORY = "hunto/LocalMamba"
 FIXED = "h h_flip w2 w2_flip"
@@ -209,9 +209,7 @@ def translate_vim(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in VIM_UNCHANGED.items():
         if given.pop(key, value) not in (value, None):
             raise NotCovered(f"{key}={kwargs[key]!r}")
-    unknown = sorted(given.keys() - VIM_DEFAULTS.keys())
-    if unknown:
-        raise NotCovered(f"arguments {', '.join(unknown)}")
+    nothing_left(given.keys() - VIM_DEFAULTS.keys())
     given = VIM_DEFAULTS | given
     needed = {"if_abs_pos_embed": True, "if_rope_residual": given["if_rope"]}
     if given["if_cls_token"]:

@@ -13,7 +13,6 @@ From pre-training to segmentation: ``segmenter.encoder.load_state_dict(pretraine
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from vssm.layers.layout import to_tokens
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.hymamba import HybridEncoder, HyMamba, encoder_keys, segmenter_keys, spread
 from vssm.models.keys import Rule, drop, rename
-from vssm.models.variant import NotCovered, Published, Variant
+from vssm.models.variant import Published, Variant, constructor, nothing_left, twins
 
 REPOSITORY = "FengheTan9/MambaMIM"
 BATCH_NORMS = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -322,31 +321,22 @@ VARIANTS = [
              decoder_width=96, **NANO),
     _variant("test_mambamim", MambaMIM, pretraining_keys(2), "pretraining", "for tests", decoder_width=16, **TEST),
 ]  # fmt: skip
-VARIANTS += [
-    replace(row, name=f"{row.name}_nomamba", kwargs={**row.kwargs, "mixer": "conv"}, description=f"{row.name}'s twin")
-    for row in VARIANTS
-    if row.name != "mambamim_encoder"
-]
+VARIANTS += twins([row for row in VARIANTS if row.name != "mambamim_encoder"])
 
 WRAPPER = {"img_size", "mask_ratio", "decoder_width", "encoder"}
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """``Hybird`` (build_hybird) or ``MambaMIM`` of the published code as our model."""
-    name = entry.partition(":")[2]
-    given = dict(kwargs)
-    if name == "Hybird":
-        options = translate(given)
-        model = HyMamba(3, given.get("in_channel", 1), given.get("n_classes", 14), **options)
+    if constructor(entry, "Hybird", "MambaMIM") == "Hybird":
+        options = translate(kwargs)
+        model = HyMamba(3, kwargs.get("in_channel", 1), kwargs.get("n_classes", 14), **options)
         return Published(model, segmenter_keys(len(model.encoder.layers)), _run_segmenter)
-    if name != "MambaMIM":
-        raise NotCovered(f"entry {entry!r} is no model of this family")
-    if given.keys() - WRAPPER:
-        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - WRAPPER))}")
-    options = translate(given.get("encoder", {}))
+    nothing_left(kwargs.keys() - WRAPPER)
+    encoder = kwargs.get("encoder", {})
     pretraining = MambaMIM(
-        3, given.get("encoder", {}).get("in_channel", 1), mask_ratio=given.get("mask_ratio", 0.6),
-        decoder_width=given.get("decoder_width", 768), **options,
+        3, encoder.get("in_channel", 1), mask_ratio=kwargs.get("mask_ratio", 0.6),
+        decoder_width=kwargs.get("decoder_width", 768), **translate(encoder),
     )  # fmt: skip
     return Published(pretraining, pretraining_keys(len(pretraining.encoder.layers)), _run_pretraining)
 
@@ -354,8 +344,7 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``HybridEncoder`` for those of the published one."""
     known = {"in_channel", "n_classes", "img_size", "depth", "channels", "depths", "kernels", "exp_r"}
-    if kwargs.keys() - known:
-        raise NotCovered(f"arguments {', '.join(sorted(kwargs.keys() - known))}")
+    nothing_left(kwargs.keys() - known)
     ours = {name: kwargs[key] for key, name in (("channels", "channels"), ("depth", "mamba_depth")) if key in kwargs}
     for key, name in (("depths", "depths"), ("kernels", "kernel_size"), ("exp_r", "mlp_ratios")):
         if key in kwargs:

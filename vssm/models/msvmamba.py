@@ -29,7 +29,7 @@ from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename, reshape, split, stack
 from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
-from vssm.models.variant import NotCovered, Published, Variant, Weights
+from vssm.models.variant import NotCovered, Published, Variant, Weights, constructor, nothing_left
 from vssm.scans import scan_rows, scan_table, to_grid
 
 REPOSITORY = "YuHengsss/MSVMamba"
@@ -351,8 +351,7 @@ def translate(kwargs: Mapping[str, Any], generation: int) -> dict[str, Any]:
         ours |= {**FIRST, "expand": ours.get("expand", FIRST["expand"])}
     else:
         ours |= _third(given)
-    if given:
-        raise NotCovered(f"arguments {', '.join(sorted(given))}")
+    nothing_left(given)
     return ours
 
 
@@ -379,9 +378,7 @@ FULL_ROWS = {1: 0, 2: 2}  # the published number of the path at full resolution 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """``VSSM`` or ``Backbone_VSSM`` of either published branch as our model."""
-    name = entry.partition(":")[2]
-    if name not in ("VSSM", "Backbone_VSSM"):
-        raise NotCovered(f"entry {entry!r} is no model of this family")
+    name = constructor(entry, "VSSM", "Backbone_VSSM")
     generation = 3 if "branch v2" in entry else 1
     given = dict(kwargs)
     out_indices = given.pop("out_indices", (0, 1, 2, 3))

@@ -30,7 +30,7 @@ from vssm.models.base import make_stages, widths
 from vssm.models.keys import Rule, rename
 from vssm.models.names import MIXER, SSM_SHAPES
 from vssm.models.segmenter import Blocks, Segmenter
-from vssm.models.variant import NotCovered, Published, Variant
+from vssm.models.variant import NotCovered, Published, Variant, constructor, nothing_left
 
 REPOSITORY = "gndlwch2w/msvm-unet"
 BATCH_NORMS = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -225,15 +225,13 @@ VARIANTS = [
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """``MSVMUNet`` of the published code as our model."""
-    if entry.partition(":")[2] != "MSVMUNet":
-        raise NotCovered(f"entry {entry!r} is no model of this family")
+    constructor(entry, "MSVMUNet")
     given = dict(kwargs)
     encoder = given.pop("enc_name", "tiny_0230s")
     if encoder not in ENCODERS:
         raise NotCovered(f"enc_name={encoder!r}")
     channels = {"in_channels": given.pop("in_channels", 3), "out_channels": given.pop("num_classes", 9)}
-    if given:
-        raise NotCovered(f"arguments {', '.join(sorted(given))}")
+    nothing_left(given)
     return Published(MSVMUNet(**channels, **ENCODERS[encoder]), KEYS, run)
 
 

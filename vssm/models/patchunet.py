@@ -21,7 +21,7 @@ from vssm.layers.stem import PatchStem
 from vssm.models.base import widths
 from vssm.models.keys import Rule, rename, reshape
 from vssm.models.segmenter import Blocks, Segmenter
-from vssm.models.variant import NotCovered
+from vssm.models.variant import constructor, translated
 
 PATCH = 4
 
@@ -135,12 +135,8 @@ DEFAULTS = {
 
 def translate(entry: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Our arguments for those of a published ``VMUNet``, which both families name so."""
-    if entry.partition(":")[2] != "VMUNet":
-        raise NotCovered(f"entry {entry!r} is no model of this family")
-    given = {key: value for key, value in kwargs.items() if key not in ("load_ckpt_path",)}
-    if unknown := given.keys() - SAME.keys():
-        raise NotCovered(f"arguments {', '.join(sorted(unknown))}")
-    return {**DEFAULTS, **{SAME[key]: value for key, value in given.items()}}
+    constructor(entry, "VMUNet")
+    return {**DEFAULTS, **translated(kwargs, SAME, ineffective=("load_ckpt_path",))}
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

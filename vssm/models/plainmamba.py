@@ -27,7 +27,7 @@ from vssm.layers.position import positions
 from vssm.layers.ssm import SelectiveSSM, decay, ssm_parameters
 from vssm.models.base import Isotropic, linear_head
 from vssm.models.keys import Rule, drop, rename, stack
-from vssm.models.variant import NotCovered, Published, Variant, Weights
+from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left
 from vssm.scans import scan_shape, scan_table, to_sequences, visits_once
 from vssm.scans.registry import find_scan
 
@@ -334,8 +334,7 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
         raise NotCovered(f"entry {entry!r} is no model of this family")
     given = dict(kwargs)
     ours = {**translate(given.pop("backbone", {})), "num_classes": given.pop("num_classes", 1000)}
-    if given:
-        raise NotCovered(f"arguments {', '.join(sorted(given))}")
+    nothing_left(given)
     return Published(PlainMamba(**ours), KEYS, _run_classifier)
 
 
@@ -348,8 +347,7 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     ours = dict(ARCHITECTURES[arch])
     names = {"img_size": "img_size", "in_channels": "in_chans"}
     ours |= {names[key]: given.pop(key) for key in list(given) if key in names}
-    if given:
-        raise NotCovered(f"arguments {', '.join(sorted(given))}")
+    nothing_left(given)
     return ours
 
 

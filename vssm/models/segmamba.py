@@ -13,7 +13,6 @@ uncertainty is estimated; the MLP is no part of the trunk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +33,7 @@ from vssm.layers.unetr import ResidualBlock, UpBlock
 from vssm.models.keys import Rule, rename, reshape
 from vssm.models.mamba_keys import mamba_keys
 from vssm.models.segmenter import Segmenter
-from vssm.models.variant import NotCovered, Published, Variant
+from vssm.models.variant import Published, Variant, constructor, translated, twins
 
 REPOSITORY = "ge-xing/SegMamba"
 SLICES = (64, 32, 16, 8)  # of the published code, which has 128 voxels a side in mind
@@ -273,10 +272,7 @@ VARIANTS = [
     _variant("segmamba_nano", "not published: small volumes, demos", **NANO),
     _variant("test_segmamba", "for tests", **TEST),
 ]
-VARIANTS += [
-    replace(row, name=f"{row.name}_nomamba", kwargs={**row.kwargs, "mixer": "conv"}, description=f"{row.name}'s twin")
-    for row in VARIANTS
-]
+VARIANTS += twins(VARIANTS)
 
 SAME = {"in_chans": "in_channels", "out_chans": "out_channels", "depths": "depths", "feat_size": "features",
         "hidden_size": "hidden_size"}  # fmt: skip
@@ -286,15 +282,8 @@ INEFFECTIVE = {"drop_path_rate", "layer_scale_init_value", "conv_block"}  # As p
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """The published ``SegMamba``, with its fixed numbers of slices, as our model."""
-    if entry.partition(":")[2] != "SegMamba":
-        raise NotCovered(f"entry {entry!r} is no model of this family")
-    given = {key: value for key, value in kwargs.items() if key not in INEFFECTIVE}
-    for key, value in UNCHANGED.items():
-        if given.pop(key, value) != value:
-            raise NotCovered(f"{key}={kwargs[key]!r}")
-    if given.keys() - SAME.keys():
-        raise NotCovered(f"arguments {', '.join(sorted(given.keys() - SAME.keys()))}")
-    return Published(SegMamba(slices=SLICES, **{SAME[key]: value for key, value in given.items()}), KEYS, _run)
+    constructor(entry, "SegMamba")
+    return Published(SegMamba(slices=SLICES, **translated(kwargs, SAME, UNCHANGED, INEFFECTIVE)), KEYS, _run)
 
 
 def _run(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename, reshape, stack
 from vssm.models.names import MIXER, MLLA
-from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
+from vssm.models.variant import Published, Variant, Weights, constructor, translated
 
 REPOSITORY = "EdwardChasel/Spatial-Mamba"
 DILATIONS = (1, 3, 5)
@@ -184,9 +184,7 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """``SpatialMamba`` or ``Backbone_SpatialMamba`` of the published code as our model."""
-    name = entry.partition(":")[2]
-    if name not in ("SpatialMamba", "Backbone_SpatialMamba"):
-        raise NotCovered(f"entry {entry!r} is no model of this family")
+    name = constructor(entry, "SpatialMamba", "Backbone_SpatialMamba")
     given = dict(kwargs)
     out_indices = given.pop("out_indices", (0, 1, 2, 3))
     ours = translate(given)

@@ -30,7 +30,7 @@ from vssm.models.base import make_stages, widths
 from vssm.models.keys import Rule, also, rename
 from vssm.models.names import MIXER, SSM_SHAPES
 from vssm.models.segmenter import Blocks, Segmenter
-from vssm.models.variant import NotCovered, Published, Variant
+from vssm.models.variant import NotCovered, Published, Variant, constructor, nothing_left
 
 REPOSITORY = "JiarunLiu/Swin-UMamba"
 INSTANCE_NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -319,12 +319,9 @@ VARIANTS = [
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """``SwinUMamba`` or ``SwinUMambaD`` of the published code as our model."""
-    name = entry.partition(":")[2]
-    if name == "SwinUMamba":
+    if constructor(entry, "SwinUMamba", "SwinUMambaD") == "SwinUMamba":
         return Published(SwinUMamba(**_translated(kwargs)), KEYS, _run)
-    if name == "SwinUMambaD":
-        return Published(SwinUMambaD(**_translated_d(kwargs)), KEYS_D, _run)
-    raise NotCovered(f"entry {entry!r} is no model of this family")
+    return Published(SwinUMambaD(**_translated_d(kwargs)), KEYS_D, _run)
 
 
 IGNORED = {"drop_path_rate", "layer_scale_init_value"}  # by the published Swin-UMamba
@@ -339,15 +336,13 @@ def _translated(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     features, hidden = list(given.pop("feat_size", (48, 96, 192, 384, 768))), given.pop("hidden_size", 768)
     if features != [48, 96, 192, 384, 768] or hidden != 768:
         raise NotCovered(f"feat_size={features}, hidden_size={hidden}: the published encoder has its own widths")
-    if given:
-        raise NotCovered(f"arguments {', '.join(sorted(given))}")
+    nothing_left(given)
     return ours
 
 
 def _translated_d(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     encoder, decoder = dict(kwargs.get("vss_args", {})), dict(kwargs.get("decoder_args", {}))
-    if kwargs.keys() - {"vss_args", "decoder_args"}:
-        raise NotCovered(f"arguments {', '.join(sorted(kwargs.keys() - {'vss_args', 'decoder_args'}))}")
+    nothing_left(kwargs.keys() - {"vss_args", "decoder_args"})
     ours = {
         "in_channels": encoder.pop("in_chans", 3), "depths": encoder.pop("depths", (2, 2, 9, 2)),
         "dim": encoder.pop("dims", 96), "patch_size": encoder.pop("patch_size", 4),
@@ -360,8 +355,7 @@ def _translated_d(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         raise NotCovered(f"features_per_stage={features}, other than those of the encoder")
     if decoder.pop("d_state", 16) != ours["d_state"]:
         raise NotCovered("a d_state of the decoder other than that of the encoder")
-    if encoder or decoder:
-        raise NotCovered(f"arguments {', '.join(sorted({**encoder, **decoder}))}")
+    nothing_left({**encoder, **decoder})
     return ours
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -32,7 +31,7 @@ from vssm.layers.ssm import ssm_parameters
 from vssm.models.keys import Rule, drop, rename
 from vssm.models.mamba_keys import mamba_keys
 from vssm.models.segmenter import Blocks, Segmenter
-from vssm.models.variant import NotCovered, Published, Variant
+from vssm.models.variant import NotCovered, Published, Variant, nothing_left, twins
 
 REPOSITORY = "bowang-lab/U-Mamba"
 SLOPE = 0.01
@@ -395,10 +394,7 @@ VARIANTS = [
     _variant("test_umamba", "for tests", **TEST),
     _variant("test_umamba_enc", "for tests", mamba="encoder", **TEST),
 ]  # fmt: skip
-VARIANTS += [
-    replace(row, name=f"{row.name}_nomamba", kwargs={**row.kwargs, "mixer": "conv"}, description=f"{row.name}'s twin")
-    for row in VARIANTS
-]
+VARIANTS += twins(VARIANTS)
 
 SAME = {"input_channels": "in_channels", "num_classes": "out_channels", "strides": "strides",
         "kernel_sizes": "kernel_size", "deep_supervision": "deep_supervision"}  # fmt: skip
@@ -423,8 +419,7 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     if mamba == "encoder" and img_size is None:
         raise NotCovered("no input_size among the arguments")
     ours = {name: given.pop(key) for key, name in SAME.items() if key in given}
-    if given:
-        raise NotCovered(f"arguments {', '.join(sorted(given))}")
+    nothing_left(given)
     fewer, fewer_up = fewer_blocks(_listed(depths, stages), _listed(decoder_depths, stages - 1))
     model = UMamba(
         int(found[2]), mamba=mamba, features=_listed(features, stages), depths=fewer, decoder_depths=fewer_up,

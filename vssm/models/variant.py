@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal
@@ -108,6 +108,38 @@ class NotCovered(Exception):
     """A published option that no variant of ours uses; the message says which."""
 
 
+def constructor(entry: str, *names: str) -> str:
+    """The published constructor that a golden file's ``source.entry`` names: ``"FILE:NAME"``, perhaps with a remark.
+
+    Raises:
+        NotCovered: If it is none of ``names``.
+    """
+    name = entry.partition(":")[2].partition(" ")[0]
+    if name not in names:
+        raise NotCovered(f"entry {entry!r} is no model of this family")
+    return name
+
+
+def nothing_left(kwargs: Collection[str]) -> None:
+    """Refuse arguments of a published constructor that have not been translated.
+
+    Raises:
+        NotCovered: If there is one.
+    """
+    if kwargs:
+        raise NotCovered(f"arguments {', '.join(sorted(kwargs))}")
+
+
+def twins(rows: Sequence[Variant]) -> list[Variant]:
+    """The rows without Mamba, ``NAME_nomamba``: models whose mixers are convolutions of the same width."""
+
+    def twin(row: Variant) -> Variant:
+        kwargs, description = {**row.kwargs, "mixer": "conv"}, f"{row.name}'s twin"
+        return replace(row, name=f"{row.name}_nomamba", kwargs=kwargs, description=description)
+
+    return list(map(twin, rows))
+
+
 def translated(
     kwargs: Mapping[str, Any],
     same: Mapping[str, str],
@@ -129,8 +161,7 @@ def translated(
     for key, value in (unchanged or {}).items():
         if given.pop(key, value) != value:
             raise NotCovered(f"{key}={kwargs[key]!r}")
-    if unknown := sorted(given.keys() - same.keys()):
-        raise NotCovered(f"arguments {', '.join(unknown)}")
+    nothing_left(given.keys() - same.keys())
     return {same[key]: value for key, value in given.items()}
 
 

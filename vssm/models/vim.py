@@ -42,7 +42,7 @@ from vssm.layers.ssm import ssm_parameters
 from vssm.models.backbone import pyramid, quarters
 from vssm.models.base import Isotropic, linear_head
 from vssm.models.keys import Rule, drop, rename, reshape, stack
-from vssm.models.variant import NotCovered, Published, Variant, Weights
+from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left
 
 REPOSITORY = "hustvl/Vim"
 EPS = 1e-5
@@ -413,9 +413,7 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in UNCHANGED.items():
         if given.pop(key, value) not in (value, None, 0):
             raise NotCovered(f"{key}={kwargs[key]!r}")
-    unknown = sorted(given.keys() - DEFAULTS.keys() - ELSEWHERE)
-    if unknown:
-        raise NotCovered(f"arguments {', '.join(unknown)}")
+    nothing_left(given.keys() - DEFAULTS.keys() - ELSEWHERE)
     given = DEFAULTS | given
     if given["bimamba_type"] not in DIRECTIONS or given["final_pool_type"] not in FINAL_POOLS:
         raise NotCovered(f"bimamba_type={given['bimamba_type']!r}, final_pool_type={given['final_pool_type']!r}")

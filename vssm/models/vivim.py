@@ -28,7 +28,7 @@ from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.models.keys import Rule, also, drop, rename
 from vssm.models.mamba_keys import mamba_keys
 from vssm.models.segmenter import Segmenter
-from vssm.models.variant import NotCovered, Published, Variant
+from vssm.models.variant import NotCovered, Published, Variant, constructor, nothing_left
 
 REPOSITORY = "scott-yjyang/Vivim"
 PATCHES = (7, 3, 3, 3)
@@ -304,8 +304,7 @@ VARIANTS = [
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """``Vivim`` of the published code as our model; ``segformer_config`` stands for the backbone it downloads."""
-    if entry.partition(":")[2] != "Vivim":
-        raise NotCovered(f"entry {entry!r} is no model of this family")
+    constructor(entry, "Vivim")
     given = {key: value for key, value in kwargs.items() if key not in INEFFECTIVE}
     config = {**SEGFORMER_B3, **given.pop("segformer_config", {})}
     for key, value in UNCHANGED.items():
@@ -318,8 +317,7 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     if list(given.pop("feat_size", ours["dims"])) != list(ours["dims"]):
         raise NotCovered(f"feat_size={kwargs['feat_size']!r}, other than the backbone's")
     ours |= {"out_channels": given.pop("out_chans", 1), "edge": given.pop("with_edge", False)}
-    if given or config:
-        raise NotCovered(f"arguments {', '.join(sorted({**given, **config}))}")
+    nothing_left({**given, **config})
     return Published(Vivim(**ours), KEYS, _run)
 
 

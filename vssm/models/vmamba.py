@@ -35,7 +35,7 @@ from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, adapted, make_stages, widths
 from vssm.models.keys import Rule, also, drop, rename, reshape
 from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
-from vssm.models.variant import NotCovered, Published, Variant, Weights
+from vssm.models.variant import NotCovered, Published, Variant, Weights, constructor, nothing_left
 from vssm.scans import scan_table
 
 REPOSITORY = "MzeroMiko/VMamba"
@@ -411,8 +411,7 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     ours["conv_size"] = conv_size if conv_size > 1 else 0
     ours["position_size"] = size if given.pop("posembed", False) else None
     ours |= parse_forward_type(given.pop("forward_type"))
-    if given:
-        raise NotCovered(f"arguments {', '.join(sorted(given))}")
+    nothing_left(given)
     if ours.get("mixer") == "heads" and (ours["gate"] != "none" or kwargs.get("norm_layer", "ln") != "ln"):
         raise NotCovered(f"{kwargs['forward_type']!r} fails in the published code but with '_noz' and norm_layer='ln'")
     return ours
@@ -420,9 +419,7 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """``VSSM`` or ``Backbone_VSSM`` of the published code, from either of its two files, as our model."""
-    name = entry.partition(":")[2].split(" ")[0]
-    if name not in ("VSSM", "Backbone_VSSM"):
-        raise NotCovered(f"entry {entry!r} is no model of this family")
+    name = constructor(entry, "VSSM", "Backbone_VSSM")
     given = dict(kwargs)
     out_indices = given.pop("out_indices", (0, 1, 2, 3))
     ours = translate(given)
