@@ -194,8 +194,11 @@ def test_the_backbone_trains_every_parameter():
     assert [tuple(y.shape) for y in maps] == [(2, 16, 5, 3)] * 2
     sum(y.square().sum() for y in maps).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    model.trunk.set_grad_checkpointing()
+    model.set_grad_checkpointing()
+    assert model.trunk.grad_checkpointing
     assert torch.equal(model(x)[1], maps[1])
+    assert {"trunk.pos_embed", "trunk.blocks.2.mixer.ssm.D"} <= model.no_weight_decay()
+    assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
 
 
 def test_published_constructors():

@@ -131,6 +131,15 @@ def test_features_of_several_depths():
         PlainMambaBackbone(TINY.build(), (3,))
 
 
+def test_the_backbone_has_what_training_asks_of_it():
+    model, x = PlainMambaBackbone(TINY.build(), (0, -1)), torch.randn(1, 3, 40, 24)
+    expected = model(x)
+    model.set_grad_checkpointing()
+    assert all(torch.equal(a, b) for a, b in zip(model(x), expected, strict=True))
+    assert {"trunk.pos_embed", "trunk.blocks.2.mixer.ssm.A_log"} <= model.no_weight_decay()
+    assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
+
+
 def test_the_published_backbone_has_the_published_names():
     with torch.device("meta"):
         built = published("x:PlainMambaSeg", {"arch": "L1", "out_indices": (5, 11, 17, 23)})

@@ -67,7 +67,28 @@ def run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tenso
     return {f"out{i}": x for i, x in zip(model.out_indices, model(inputs["x"]), strict=True)}
 
 
-class TokenMaps(nn.Module):
+class TrunkMaps(nn.Module):
+    """Maps from several depths of a model of one stride, its ``trunk``; a subclass says which and what they become.
+
+    Args:
+        trunk: A classifier.
+    """
+
+    def __init__(self, trunk: Isotropic):
+        super().__init__()
+        self.trunk = trunk
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep block inputs only and recompute the rest in backward; the output stays the same."""
+        self.trunk.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """What the classifier's recipe does not decay, as far as it is here."""
+        names = {name for name, _ in self.named_parameters()}
+        return names & {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
+
+
+class TokenMaps(TrunkMaps):
     """Maps of strides 4, 8, 16, 32 from four depths of a model of one stride, resized by a small pyramid.
 
     As BEiT (arXiv:2106.08254) and Vim made them for UPerNet.
@@ -78,14 +99,13 @@ class TokenMaps(nn.Module):
     """
 
     def __init__(self, model: Isotropic, out_indices: Sequence[int] | None = None):
-        super().__init__()
+        super().__init__(model)
         depth = len(model.blocks)
         self.out_indices = tuple(out_indices or quarters(depth))
         if len(self.out_indices) != 4 or not all(0 <= i < depth for i in self.out_indices):
             raise ValueError(f"TokenMaps: out_indices must name four of {depth} blocks, got {self.out_indices}")
         dim, stride = model.embed_dim, cast(int, model.feature_info[0]["reduction"])
         model.prune_intermediate_layers(list(self.out_indices), prune_norm=True)
-        self.trunk = model
         self.pyramid = nn.ModuleList(pyramid(dim, stride))
         self.feature_info = [{"num_chs": dim, "reduction": 4 * 2**i, "module": f"pyramid.{i}"} for i in range(4)]
 
@@ -93,15 +113,6 @@ class TokenMaps(nn.Module):
         take = sorted(set(self.out_indices))
         found = dict(zip(take, self.trunk.forward_intermediates(x, take, intermediates_only=True)))
         return [level(found[i]) for level, i in zip(self.pyramid, self.out_indices, strict=True)]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep block inputs only and recompute the rest in backward; the output stays the same."""
-        self.trunk.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """What the classifier's recipe does not decay, as far as it is here."""
-        names = {name for name, _ in self.named_parameters()}
-        return names & {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
 
 
 def quarters(depth: int) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ from vssm.layers.position import (
     resize_tokens,
 )
 from vssm.layers.ssm import ssm_parameters
+from vssm.models.backbone import TrunkMaps
 from vssm.models.base import Isotropic, linear_head
 
 EPS = 1e-5
@@ -226,7 +227,7 @@ def _check_pool(global_pool: str, class_token: str | None) -> None:
         raise ValueError("LocalVim: global_pool='token' needs class_token='middle'; pass global_pool='avg'")
 
 
-class LocalVimBackbone(nn.Module):
+class LocalVimBackbone(TrunkMaps):
     """Maps of one stride: what the blocks ``out_indices`` add to the stream, each under a norm of its own.
 
     Args:
@@ -235,7 +236,7 @@ class LocalVimBackbone(nn.Module):
     """
 
     def __init__(self, trunk: LocalVim, out_indices: Sequence[int] = (4, 9, 14, 19)):
-        super().__init__()
+        super().__init__(trunk)
         if not all(0 <= i < len(trunk.blocks) for i in out_indices):
             raise ValueError(
                 f"LocalVimBackbone: out_indices must name blocks 0 to {len(trunk.blocks) - 1}, got {tuple(out_indices)}"
@@ -245,7 +246,6 @@ class LocalVimBackbone(nn.Module):
         self.out_indices = tuple(out_indices)
         trunk.reset_classifier(0, "")
         trunk.norm = nn.Identity()
-        self.trunk = trunk
         self.out_norms = nn.ModuleList(LayerNorm(trunk.embed_dim, eps=EPS) for _ in self.out_indices)
         self.feature_info = [trunk.feature_info[i] for i in self.out_indices]
 

@@ -25,6 +25,7 @@ from vssm.layers.norm import TokenNorm
 from vssm.layers.parts import check_choice
 from vssm.layers.position import positions
 from vssm.layers.ssm import SelectiveSSM, decay, ssm_parameters
+from vssm.models.backbone import TrunkMaps
 from vssm.models.base import Isotropic, linear_head
 from vssm.models.keys import Rule, drop, rename, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left
@@ -237,7 +238,7 @@ class PlainMamba(Isotropic):
         return {"pos_embed", *ssm_parameters(self), *directions}
 
 
-class PlainMambaBackbone(nn.Module):
+class PlainMambaBackbone(TrunkMaps):
     """Maps of one stride from several depths, as published for segmentation.
 
     Each has a norm of its own, except the last block's, which has the classifier's.
@@ -248,13 +249,12 @@ class PlainMambaBackbone(nn.Module):
     """
 
     def __init__(self, trunk: PlainMamba, out_indices: Sequence[int] = (-1,)):
-        super().__init__()
+        super().__init__(trunk)
         depth = len(trunk.blocks)
         if not all(-depth <= i < depth for i in out_indices):
             raise ValueError(f"PlainMambaBackbone: out_indices must name {depth} blocks, got {tuple(out_indices)}")
         self.out_indices = tuple(i % depth for i in out_indices)
         trunk.reset_classifier(0)
-        self.trunk = trunk
         self.out_norms = nn.ModuleDict(
             {str(i): LayerNorm(trunk.embed_dim, eps=1e-6) for i in self.out_indices if i < depth - 1}
         )

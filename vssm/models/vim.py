@@ -39,7 +39,7 @@ from vssm.layers.position import (
     split_class_tokens,
 )
 from vssm.layers.ssm import ssm_parameters
-from vssm.models.backbone import pyramid, quarters
+from vssm.models.backbone import TrunkMaps, pyramid, quarters
 from vssm.models.base import Isotropic, linear_head
 from vssm.models.keys import Rule, drop, rename, reshape, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left
@@ -274,7 +274,7 @@ def _check_options(
         raise ValueError("Vim: rope has a table of one size; drop dynamic_img_size and call set_input_size")
 
 
-class VimBackbone(nn.Module):
+class VimBackbone(TrunkMaps):
     """Four maps of strides 4, 8, 16, 32 for detection and segmentation, from four depths of one stride.
 
     Args:
@@ -288,7 +288,7 @@ class VimBackbone(nn.Module):
     def __init__(
         self, trunk: Vim, out_indices: Sequence[int] = (5, 11, 17, 23), features: str = "branch", last: str = "branch"
     ):
-        super().__init__()
+        super().__init__(trunk)
         depth = len(trunk.blocks)
         if len(out_indices) not in (1, 4) or not all(0 <= i < depth for i in out_indices):
             raise ValueError(
@@ -301,7 +301,6 @@ class VimBackbone(nn.Module):
         self.out_indices, self.features, self.last = tuple(out_indices), features, last
         if features == "branch" or last != "norm":
             trunk.norm = nn.Identity()
-        self.trunk = trunk
         self.pyramid = nn.ModuleList(pyramid(trunk.embed_dim, trunk.patch_embed.stride))
         self.feature_info = [
             {"num_chs": trunk.embed_dim, "reduction": 4 * 2**i, "module": f"pyramid.{i}"} for i in range(4)
@@ -317,12 +316,6 @@ class VimBackbone(nn.Module):
                 maps[i] = to_map(self.feature(i, branch, x), grid)
         take = self.out_indices * 4 if len(self.out_indices) == 1 else self.out_indices
         return [level(maps[i]) for level, i in zip(self.pyramid, take, strict=True)]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.trunk.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
 
     def feature(self, i: int, branch: Tensor, x: Tensor) -> Tensor:
         """Feature of block i, which added ``branch`` to the stream and left ``x``."""
