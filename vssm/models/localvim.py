@@ -20,7 +20,7 @@ from timm.layers import (
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from vssm.layers.init import linear_like_transformers
+from vssm.layers.init import linear_like_transformers, ssm_like_transformers
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.local_mixer import Directions, local_mixers
 from vssm.layers.norm import TOKEN_NORMS
@@ -177,15 +177,12 @@ class LocalVim(Isotropic):
         lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(ssm_like_transformers)  # As published
         for block in self.blocks:
-            # As published: the rule for linear layers comes last and overwrites Mamba's step sizes.
-            mixer = block.mixer
-            nn.init.trunc_normal_(mixer.ssm.x_proj, std=0.02)
-            nn.init.trunc_normal_(mixer.ssm.dt_weight, std=0.02)
-            nn.init.zeros_(mixer.ssm.dt_bias)
-            nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
+            weight = block.mixer.out_proj.weight
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             with torch.no_grad():
-                mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
+                weight.div_(math.sqrt(len(self.blocks)))
 
     def embed(self, x: Tensor) -> tuple[Tensor, Sequence[int]]:
         x = self.patch_embed(x)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
 from vssm.layers.conv import depthwise
-from vssm.layers.init import linear_like_transformers
+from vssm.layers.init import linear_like_transformers, ssm_like_transformers
 from vssm.layers.layout import over_map, to_map, to_tokens
 from vssm.layers.norm import TokenNorm
 from vssm.layers.parts import check_choice
@@ -212,12 +212,7 @@ class PlainMamba(Isotropic):
     def init_weights(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(linear_like_transformers)
-        for block in self.blocks:
-            # As published: the rule for linear layers comes last and overwrites Mamba's step sizes.
-            ssm = block.mixer.ssm
-            nn.init.trunc_normal_(ssm.x_proj, std=0.02)
-            nn.init.trunc_normal_(ssm.dt_weight, std=0.02)
-            nn.init.zeros_(ssm.dt_bias)
+        self.apply(ssm_like_transformers)  # As published
 
     def embed(self, x: Tensor) -> tuple[Tensor, Sequence[int]]:
         x = self.patch_embed(x)

@@ -20,11 +20,11 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from vssm.layers.conv import ConvMixer, depthwise
-from vssm.layers.init import linear_like_transformers
+from vssm.layers.init import linear_like_transformers, ssm_like_transformers
 from vssm.layers.layout import over_map, over_tokens, to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
 from vssm.layers.parts import chosen
-from vssm.layers.ssm import SelectiveSSM, ssm_parameters
+from vssm.layers.ssm import ssm_parameters
 from vssm.models.keys import Rule, also, drop, rename
 from vssm.models.mamba_keys import mamba_keys
 from vssm.models.segmenter import Segmenter
@@ -203,7 +203,7 @@ class Vivim(Segmenter):
         self.out = nn.Conv2d(decoder_dim, out_channels, 1)
         self.edge = nn.Conv2d(dims[0], 1, 1) if edge else None
         self.stages.apply(linear_like_transformers)
-        self.stages.apply(_like_linear_layers)
+        self.stages.apply(ssm_like_transformers)  # As published
 
     def check(self, x: Tensor) -> None:
         """Refuse clips that the network cannot read.
@@ -253,14 +253,6 @@ class Vivim(Segmenter):
     def no_weight_decay(self) -> set[str]:
         """A_log and D, as the published mixer marks them. As published: its recipe decays nothing at all."""
         return set(ssm_parameters(self, "A_log", "D"))
-
-
-def _like_linear_layers(module: nn.Module) -> None:
-    """As published: the initialisation of linear layers passes over the mixers' projections and step sizes, too."""
-    if isinstance(module, SelectiveSSM):
-        nn.init.trunc_normal_(module.x_proj, std=0.02)
-        nn.init.trunc_normal_(module.dt_weight, std=0.02)
-        nn.init.zeros_(module.dt_bias)
 
 
 KEYS: list[Rule] = [
