@@ -20,6 +20,7 @@ from timm.layers import GluMlp, get_act_layer
 from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
+from vssm.layers.again import MadeAgain, Make
 from vssm.layers.block import MixerBlock
 from vssm.layers.downsample import ConvDownsample, PatchMerging
 from vssm.layers.init import linear_like_transformers
@@ -74,8 +75,12 @@ class HeadSSM(nn.Module):
         init: ``"uniform"`` or ``"normal"``.
     """
 
-    def __init__(self, dim: int, rows: int, d_state: int, heads: int, init: str):
+    def __init__(
+        self, dim: int, rows: int, d_state: int, heads: int, *, init: str, per_row: bool = False, shared: bool = False
+    ):
         super().__init__()
+        if per_row or shared:
+            raise ValueError("HeadSSM: rows read one input, each with parameters of its own; drop per_row and shared")
         if dim % heads:
             raise ValueError(f"HeadSSM: heads must divide the channels of the scan, got {heads} for {dim} channels")
         start = chosen("VMamba", "init", init, {"uniform": torch.rand, "normal": torch.randn})
@@ -85,33 +90,35 @@ class HeadSSM(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(rows, heads) if init == "uniform" else start(rows, heads))
         self.D = nn.Parameter(torch.ones(rows, heads, self.width))
 
-    def forward(self, u: Tensor, table: Tensor, revisits: bool) -> Tensor:
-        low = nn.functional.linear(u, self.x_proj.flatten(0, 1)).unflatten(-1, (self.rows, -1)).transpose(1, 2)
-        dt, B, C = low.split(self.splits, -1)
-        delta, bias, A = (t.repeat_interleave(self.width, -1) for t in (dt, self.dt_bias, decay(self.A_log)))
-        A, D = A[..., None].repeat(1, 1, self.splits[1]), self.D.flatten(1)
-        if self.rows == 1:
-            delta, B, C, A, D, bias = delta[:, 0], B[:, 0], C[:, 0], A[0], D[0], bias[0]
-        y, _ = selective_scan(
-            u, delta, A, B, C, D, None, bias, delta_softplus=True, table=table, merge="sum", revisits=revisits
-        )
+    def forward(
+        self,
+        u: Tensor,
+        table: Tensor,
+        z: Tensor | None = None,
+        *,
+        revisits: bool | None = None,
+        origin: tuple[Make, Sequence[Tensor]] | None = None,
+    ) -> Tensor:
+        """As that of ``SelectiveSSM``."""
+        with MadeAgain() as again:
+            if origin is not None:
+                again.later(u, origin[0], *origin[1])
+            low = nn.functional.linear(u, self.x_proj.flatten(0, 1)).unflatten(-1, (self.rows, -1)).transpose(1, 2)
+            dt, B, C = low.split(self.splits, -1)
+            delta, bias, A = (t.repeat_interleave(self.width, -1) for t in (dt, self.dt_bias, decay(self.A_log)))
+            A, D = A[..., None].repeat(1, 1, self.splits[1]), self.D.flatten(1)
+            if self.rows == 1:
+                delta, B, C, A, D, bias = delta[:, 0], B[:, 0], C[:, 0], A[0], D[0], bias[0]
+            y, _ = selective_scan(
+                u, delta, A, B, C, D, z, bias, delta_softplus=True, table=table, merge="sum", revisits=revisits
+            )
         return y
 
 
 class HeadMixer(ScanMixer):
     """A mixer with the scan of Mamba-2: as many heads as the rank of its step sizes would be."""
 
-    fuses_gate = False
-
-    def __init__(self, dim: int, *, d_state: int = 64, init: str = "uniform", **options: Any):
-        super().__init__(dim, d_state=d_state, init=init, **options)
-        heads, _, _ = self.ssm.splits
-        self.ssm = HeadSSM(self.out_proj.in_features, self.rows, d_state, heads, init)
-
-    def mix(self, x: Tensor, z: Tensor | None, grid: Sequence[int]) -> Tensor:
-        u = self.act(x if self.conv is None else over_map(self.conv, x, grid))
-        y = self.ssm(u, self.table(grid, x.device), self.revisits)
-        return self.out_act(y if self.out_norm is None else over_map(self.out_norm, y, grid))
+    ssm_type = HeadSSM  # type: ignore[assignment]  # of the same signature
 
 
 STEMS = {"patch": PatchStem, "conv": ConvStem}
