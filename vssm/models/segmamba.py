@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -183,24 +184,21 @@ class SegMamba(Segmenter):
         self.last = ResidualBlock(spatial_dims, features[0], features[0])
         self.out = conv(features[0], out_channels, 1)
 
-    def check(self, x: Tensor) -> None:
-        super().check(x)
-        if torch.compiler.is_compiling():
-            return
+    def check_sides(self, sides: tuple[int, ...]) -> None:
         for i in range(len(self.stages)):
-            grid = tuple(side // 2 ** (i + 1) for side in x.shape[2:])
-            cells = x.shape[2:].numel() // 2 ** (self.spatial_dims * (i + 1))
+            grid = tuple(side // 2 ** (i + 1) for side in sides)
+            cells = prod(grid)
             if self.slices is not None and cells % self.slices[i]:
                 raise ValueError(
                     f"SegMamba: stage {i} has {self.slices[i]} slices, which must divide its {cells} cells {grid}, got "
-                    f"images {tuple(x.shape[2:])}; pad each side to a multiple of {2 * self.multiple[0]}, or pass "
+                    f"images {sides}; pad each side to a multiple of {2 * self.multiple[0]}, or pass "
                     "slices=None"
                 )
         if cells == 1:
-            larger = (2 * self.multiple[0], *x.shape[3:])
+            larger = (2 * self.multiple[0], *sides[1:])
             raise ValueError(
                 f"SegMamba: the map of the last stage must have two cells or more, got {grid} from images "
-                f"{tuple(x.shape[2:])}; pad them to {larger}"
+                f"{sides}; pad them to {larger}"
             )
 
     def encode(self, x: Tensor) -> list[Tensor]:

@@ -21,6 +21,11 @@ class Blocks(nn.Sequential):
         return checkpoint_seq(self, x) if self.grad_checkpointing else super().forward(x)
 
 
+def traced(x: Tensor) -> bool:
+    """Whether a compiler or tracer runs the model: sizes are symbols then, of which nothing can be demanded."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
+
+
 class Segmenter(nn.Module):
     """A network from images to logits of the same size.
 
@@ -59,8 +64,8 @@ class Segmenter(nn.Module):
             ValueError: If the image has other dimensions or channels, or a side that cannot be halved often enough; the
                 message then says to which size it must be padded.
         """
-        if torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
-            return                                          # sizes are symbols there
+        if traced(x):
+            return
         name, layout = type(self).__name__, "(B, C, H, W)" if self.spatial_dims == 2 else "(B, C, D, H, W)"
         if x.ndim != self.spatial_dims + 2:
             raise ValueError(f"{name}: images must be {layout}, got {tuple(x.shape)}")
@@ -75,6 +80,10 @@ class Segmenter(nn.Module):
             raise ValueError(
                 f"{name}: each side of an image must be a multiple of {each}, got {sides}; pad it to {padded}"
             )
+        self.check_sides(sides)
+
+    def check_sides(self, sides: tuple[int, ...]) -> None:
+        """What a network demands of the sizes of images beside the multiple; ``check`` asks."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep block inputs only and recompute the rest in backward; the output stays the same."""

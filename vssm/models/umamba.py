@@ -205,11 +205,7 @@ class UMamba(Segmenter):
         self.heads = nn.ModuleList(conv(features[i], out_channels, 1) for i in levels)
         self.apply(_init_conv)
 
-    def check(self, x: Tensor) -> None:
-        super().check(x)
-        if torch.compiler.is_compiling():
-            return
-        sides = tuple(x.shape[2:])
+    def check_sides(self, sides: tuple[int, ...]) -> None:
         for i, layer in self.mambas.items():
             grid = tuple(side // n for side, n in zip(sides, self.reductions[int(i)]))
             width = layer.norm.normalized_shape[0]

@@ -27,7 +27,7 @@ from vssm.layers.parts import chosen
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.keys import Rule, also, drop, rename
 from vssm.models.mamba_keys import mamba_keys
-from vssm.models.segmenter import Segmenter
+from vssm.models.segmenter import Segmenter, traced
 from vssm.models.variant import NotCovered, Published, Variant, constructor, nothing_left
 
 REPOSITORY = "scott-yjyang/Vivim"
@@ -211,8 +211,8 @@ class Vivim(Segmenter):
         Raises:
             ValueError: If a clip has other dimensions or channels, is too small, or does not divide into ``slices``.
         """
-        if torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
-            return                                          # sizes are symbols there
+        if traced(x):
+            return
         if x.ndim != 5:
             raise ValueError(f"Vivim: clips must be (B, T, C, H, W), got {tuple(x.shape)}")
         shape, channels = tuple(x.shape), x.shape[2]
