@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vssm.checkpoints.files import written_whole
 from vssm.cli._benchmark_cpu import BACKENDS, CASES, cpu, share_of_scan
 from vssm.cli._benchmark_models import COLUMNS, MODES, SETS, check_names
 from vssm.cli._benchmark_models import models as model_rows
@@ -128,9 +128,8 @@ def _names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[st
 
 def _keep(record: dict[str, Any], path: Path) -> None:
     """Written after every row: a run that is stopped leaves what it measured."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def kernels(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,8 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from PIL import Image
 
+from vssm.checkpoints.files import written_whole
+
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr", ".img")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, ImageFileError, Image.DecompressionBombError)
@@ -114,17 +116,11 @@ def _is_integer(volume: Any) -> bool:
 
 def write_label(file: Path, label: np.ndarray, like: str | Path) -> None:
     """Write class numbers (X, Y, Z) with the grid of ``like``, in its kind of file; the file appears whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    suffix = suffix_of(file)
-    part = file.with_name(f".part-{stem_of(file)}{suffix}")
-    try:
-        if suffix in IMAGE_SUFFIXES:
+    with written_whole(file) as part:
+        if suffix_of(file) in IMAGE_SUFFIXES:
             Image.fromarray(label[..., 0].astype(np.uint8)).save(part)
         else:
             nibabel.save(nifti_like(label, like), part)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def nifti_like(data: np.ndarray, like: str | Path) -> nibabel.Nifti1Image:

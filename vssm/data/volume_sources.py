@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 import nibabel
 import numpy as np
 
+from vssm.checkpoints.files import written_whole
 from vssm.data.augmentation import PatchAugment
 from vssm.data.loading import Loader
 from vssm.data.mni152 import CLASSES, Subject
@@ -73,10 +73,8 @@ class MNI152(VolumeData):
                 )
                 _save(Path(case.images[0]), image, affine)
                 _save(Path(case.label), label, affine)  # last: where it is, the subject is whole
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / ".part-subjects.json"
-        part.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, note)
+        with written_whole(note) as part:
+            part.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
 
     def _case(self, split: str, number: int) -> Case:
         name = f"{split}{number:03}"
@@ -93,11 +91,9 @@ class MNI152(VolumeData):
 
 
 def _save(file: Path, data: np.ndarray, affine: np.ndarray) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".part-{file.name}")
     values = data.round().astype(np.int16) if data.dtype == np.float32 else data
-    nibabel.save(nibabel.Nifti1Image(values, affine), part)
-    os.replace(part, file)
+    with written_whole(file) as part:
+        nibabel.save(nibabel.Nifti1Image(values, affine), part)
 
 
 class DescribedFolder(VolumeData):
@@ -269,7 +265,7 @@ class PairedFolders(VolumeData):
         lone = [file.name for file in files if stem_of(file) + self.label_suffix not in masks]
         if lone or not files:
             found = f"{len(lone)} have none: {', '.join(lone[:5])}" if files else "there is no image"
-            raise ValueError(f"PairedFolders: each image of {images} must have a mask in {labels}, {found}")
+            raise ValueError(f"{type(self).__name__}: each image of {images} must have a mask in {labels}, {found}")
         return [Case(stem_of(file), (str(file),), masks[stem_of(file) + self.label_suffix]) for file in files]
 
 
