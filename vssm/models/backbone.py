@@ -62,6 +62,22 @@ def run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Ten
     return {"logits": model.forward_head(features)} | {f"stage{i}": x for i, x in enumerate(maps)}
 
 
+def run_blocks(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What every block of a Vim or LocalVim reads and adds, features and logits, for ``Published.run``."""
+    x, grid = model.embed(inputs["x"])
+    out: dict[str, Tensor] = {}
+    for i, block in enumerate(model.blocks):
+        read, branch, x = block.step(x, grid)
+        out |= {f"layers.{i}.hidden": branch, f"layers.{i}.residual": read}
+    x = model.norm(x)
+    return out | {"features": model.forward_head(x, pre_logits=True), "logits": model.forward_head(x)}
+
+
+def run_features(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The maps of a backbone by their number, for ``Published.run``."""
+    return {f"feat{i}": x for i, x in enumerate(model(inputs["x"]))}
+
+
 def run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The maps of a ``StageMaps``, for ``Published.run``."""
     return {f"out{i}": x for i, x in zip(model.out_indices, model(inputs["x"]), strict=True)}

@@ -21,7 +21,7 @@ from vssm.layers.local_mixer import Directions, local_mixers
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import ssm_parameters
 from vssm.layers.stem import PatchStem
-from vssm.models.backbone import StageMaps, run_classifier
+from vssm.models.backbone import StageMaps, run_blocks, run_classifier, run_features
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, drop, rename, reshape, stack
 from vssm.models.localvim import EPS, SEARCHED, LocalVim, LocalVimBackbone
@@ -257,12 +257,12 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     out_indices = given.pop("out_indices", None)
     if name in VIM_FACTORIES:
         model = LocalVim(**translate_vim({**VIM_FACTORY, **VIM_FACTORIES[name], **kwargs}))
-        return Published(model, KEYS, _run_vim)
+        return Published(model, KEYS, run_blocks)
     if name == "VisionMamba":
-        return Published(LocalVim(**translate_vim(kwargs)), KEYS, _run_vim)
+        return Published(LocalVim(**translate_vim(kwargs)), KEYS, run_blocks)
     if name == "Backbone_LocalVisionMamba":
         trunk = LocalVim(**{**translate_vim(given), "num_classes": 0})
-        return Published(LocalVimBackbone(trunk, out_indices or (4, 9, 14, 19)), BACKBONE_KEYS, _run_backbone)
+        return Published(LocalVimBackbone(trunk, out_indices or (4, 9, 14, 19)), BACKBONE_KEYS, run_features)
     if name in ("local_vssm_tiny", "local_vssm_small"):
         # As published: these factories take arguments and leave them out.
         row = next(v for v in VARIANTS if v.name == name.replace("local_vssm", "localvmamba"))
@@ -271,25 +271,11 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
         return Published(LocalVMamba(**translate_vmamba(kwargs)), VMAMBA_KEYS, _run_vmamba)
     if name == "Backbone_LocalVSSM":
         model = StageMaps(LocalVMamba(**{**translate_vmamba(given), "num_classes": 0}), out_indices or (0, 1, 2, 3))
-        return Published(model, VMAMBA_KEYS, _run_backbone)
+        return Published(model, VMAMBA_KEYS, run_features)
     raise NotCovered(f"entry {entry!r} is no model of this family")
-
-
-def _run_vim(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    x, grid = model.embed(inputs["x"])
-    out: dict[str, Tensor] = {}
-    for i, block in enumerate(model.blocks):
-        read, branch, x = block.step(x, grid)
-        out |= {f"layers.{i}.hidden": branch, f"layers.{i}.residual": read}
-    x = model.norm(x)
-    return out | {"features": model.forward_head(x, pre_logits=True), "logits": model.forward_head(x)}
 
 
 def _run_vmamba(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     stem = model.stem(inputs["x"])
     out = {"patch_embed": stem, "stage0.block0": model.stages[0].blocks[0](stem)} | run_classifier(model, inputs)
     return {name: x if name == "logits" else x.movedim(1, -1) for name, x in out.items()}
-
-
-def _run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"feat{i}": x for i, x in enumerate(model(inputs["x"]))}

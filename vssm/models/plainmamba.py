@@ -25,7 +25,7 @@ from vssm.layers.norm import TokenNorm
 from vssm.layers.parts import check_choice
 from vssm.layers.position import positions
 from vssm.layers.ssm import SelectiveSSM, decay, ssm_parameters
-from vssm.models.backbone import TrunkMaps
+from vssm.models.backbone import TrunkMaps, run_features
 from vssm.models.base import Isotropic, linear_head
 from vssm.models.keys import Rule, drop, rename, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left
@@ -324,7 +324,7 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
         given = dict(kwargs)
         out_indices = given.pop("out_indices", (-1,))
         model = PlainMambaBackbone(PlainMamba(**translate(given), num_classes=0), out_indices)
-        return Published(model, BACKBONE_KEYS, _run_backbone)
+        return Published(model, BACKBONE_KEYS, run_features)
     if "ImageClassifier" not in name:
         raise NotCovered(f"entry {entry!r} is no model of this family")
     given = dict(kwargs)
@@ -354,7 +354,3 @@ def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Te
     x = model.norm(x)
     pooled = model.forward_head(x, pre_logits=True)
     return out | {"feat0": to_map(x, grid), "pooled": pooled, "logits": model.forward_head(x)}
-
-
-def _run_backbone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"feat{i}": x for i, x in enumerate(model(inputs["x"]))}

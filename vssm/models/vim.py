@@ -39,7 +39,7 @@ from vssm.layers.position import (
     split_class_tokens,
 )
 from vssm.layers.ssm import ssm_parameters
-from vssm.models.backbone import TrunkMaps, pyramid, quarters
+from vssm.models.backbone import TrunkMaps, pyramid, quarters, run_blocks, run_features
 from vssm.models.base import Isotropic, linear_head
 from vssm.models.keys import Rule, drop, rename, reshape, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left
@@ -444,7 +444,7 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     rules = keys(kwargs.get("bimamba_type", "v2"))
     if ours["class_token"] == "ends":
         rules = [*rules, rename(r"^cls_token_head$", "cls_token")]
-    return Published(Vim(**ours), rules, _run_classifier)
+    return Published(Vim(**ours), rules, run_blocks)
 
 
 def _published_backbone(kwargs: Mapping[str, Any]) -> Published:
@@ -466,7 +466,7 @@ def _published_backbone(kwargs: Mapping[str, Any]) -> Published:
         *(rename(rf"^fpn{i + 1}\.", f"pyramid.{i}.") for i in range(4)),
         rename(r"^(blocks|pos_embed|patch_embed|norm)", r"trunk.\1"),
     ]
-    return Published(model, rules, lambda model, inputs: {f"feat{i}": x for i, x in enumerate(model(inputs["x"]))})
+    return Published(model, rules, run_features)
 
 
 def _published_detector(kwargs: Mapping[str, Any]) -> Published:
@@ -486,13 +486,3 @@ def _published_detector(kwargs: Mapping[str, Any]) -> Published:
         return {name: to_map(branch if process == "none" else x, grid)}
 
     return Published(model, keys(kwargs.get("bimamba_type", "v2")), run)
-
-
-def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    x, grid = model.embed(inputs["x"])
-    out: dict[str, Tensor] = {}
-    for i, block in enumerate(model.blocks):
-        read, branch, x = block.step(x, grid)
-        out |= {f"layers.{i}.hidden": branch, f"layers.{i}.residual": read}
-    x = model.norm(x)
-    return out | {"features": model.forward_head(x, pre_logits=True), "logits": model.forward_head(x)}
