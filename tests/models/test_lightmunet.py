@@ -79,3 +79,6 @@ def test_says_what_it_does_not_cover():
         published(ENTRY, {"num_groups": 4})
     with pytest.raises(NotCovered, match="arguments window"):
         published(ENTRY, {"window": 7})
+    with pytest.raises(NotCovered, match="upsample_mode='deconv'"):
+        published(ENTRY, {"upsample_mode": "deconv"})
+    published(ENTRY, {"norm": ("GROUP", {"num_groups": 8}), "act": ["RELU", {"inplace": True}]})      # as by default

@@ -246,6 +246,28 @@ def test_refuses_images_that_are_not_made_of_patches():
         model(torch.randn(1, 3, 4, 4))
 
 
+def test_the_published_constructors_keep_their_own_defaults():
+    """``Hybird`` alone is another network than what ``build_hybird`` makes of it."""
+    entry, built = "models/network/hymamba.py", {}
+    with torch.device("meta"):
+        for name in ("Hybird", "build_hybird"):
+            found = published(f"{entry}:{name}", {"img_size": 32})
+            built[name] = published_shapes(shapes_of(found.model), found.keys)
+        found = published("models/MambaMIM.py:MambaMIM", {"densify_norm": "bn", "sbn": False})
+    alone, made = built["Hybird"], built["build_hybird"]
+    assert (alone["embeddings.stem.weight"][1], made["embeddings.stem.weight"][1]) == (3, 1)
+    assert (alone["decoder.out.conv.weight"][0], made["decoder.out.conv.weight"][0]) == (3, 14)
+    assert (alone["embeddings.layer5.0.conv2.weight"][:2], made["embeddings.layer5.0.conv2.weight"][:2]) == (
+        (384, 192), (1536, 384)
+    )  # fmt: skip
+    for third in ("embeddings.layer4.2.conv1.weight", "embeddings.layer3.2.conv1.weight"):
+        assert third in alone
+        assert third not in made
+    assert "mae.blocks.3.norm1.weight" not in alone
+    assert "mae.blocks.3.norm1.weight" in made
+    assert found.model.mask_ratio == 0.6
+
+
 def test_says_what_it_does_not_cover():
     with pytest.raises(NotCovered, match="is no model of this family"):
         published("models/MambaMIM.py:SparseEncoder", {})

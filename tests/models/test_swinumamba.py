@@ -12,7 +12,7 @@ from segmenters import Segmenter
 
 from vssm.checkpoints import load_encoder, load_weights
 from vssm.cli import verify
-from vssm.models.keys import to_published
+from vssm.models.keys import published_shapes, shapes_of, to_published
 from vssm.models.swinumamba import SwinUMamba, SwinUMambaD, published
 from vssm.models.variant import NotCovered, Variant, variants
 from vssm.models.vmamba import VANILLA, VMamba, keys
@@ -127,12 +127,31 @@ def test_says_what_it_does_not_cover():
         (f"{NETS}SwinUMamba.py:SwinUMamba", {"window": 7}, "arguments window"),
         (f"{NETS}SwinUMambaD.py:SwinUMambaD", {"vss_args": vss, "decoder_args": {"num_classes": 2,
          "features_per_stage": [8, 8]}}, "other than those of the encoder"),
-        (f"{NETS}SwinUMambaD.py:SwinUMambaD", {"vss_args": vss, "decoder_args": {"num_classes": 2, "d_state": 8,
-         "features_per_stage": [8, 16]}}, "a d_state of the decoder"),
+        (f"{NETS}SwinUMambaD.py:SwinUMambaD", {"vss_args": vss, "decoder_args": {"num_classes": 2, "d_state": None,
+         "features_per_stage": [8, 16]}}, "d_state=None"),
+        (f"{NETS}SwinUMambaD.py:SwinUMambaD", {"vss_args": {**vss, "patch_size": 2}, "decoder_args": {"num_classes": 2,
+         "features_per_stage": [8, 16]}}, "patch_size=2: the published decoder ends 4 times as large"),
+        (f"{NETS}SwinUMamba.py:SwinUMamba", {"norm_name": "batch"}, "norm_name='batch'"),
     ]  # fmt: skip
     for entry, kwargs, reason in cases:
         with pytest.raises(NotCovered, match=reason):
             published(entry, kwargs)
+
+
+def test_the_published_options_are_ours():
+    """The width at full resolution is free; the decoder has states of its own."""
+    with torch.device("meta"):
+        built = published(f"{NETS}SwinUMamba.py:SwinUMamba", {"feat_size": [32, 96, 192, 384, 768], "spatial_dims": 2})
+        shapes = published_shapes(shapes_of(built.model), built.keys)
+        assert shapes["stem.0.weight"] == (32, 1, 7, 7)
+        assert shapes["out_layers.0.conv.conv.weight"] == (13, 32, 1, 1)
+        built = published(f"{NETS}SwinUMambaD.py:SwinUMambaD", {
+            "vss_args": {"depths": [1, 1], "dims": 8, "d_state": 4},
+            "decoder_args": {"num_classes": 2, "features_per_stage": [8, 16]},
+        })  # fmt: skip
+    shapes = published_shapes(shapes_of(built.model), built.keys)
+    assert shapes["vssm_encoder.layers.0.blocks.0.self_attention.A_logs"] == (64, 4)
+    assert shapes["decoder.stages.0.blocks.1.self_attention.A_logs"] == (64, 16)
 
 
 def test_refuses_features_that_do_not_match():

@@ -213,13 +213,17 @@ VARIANTS += twins(VARIANTS)
 SAME = {
     name: name for name in ("spatial_dims", "in_channels", "out_channels", "init_filters", "blocks_down", "blocks_up")
 }
-UNCHANGED = {"dropout_prob": None, "norm_name": "", "num_groups": GROUPS, "use_conv_final": True}
+UNCHANGED = {
+    "dropout_prob": None, "act": ["RELU", {"inplace": True}], "norm": ["GROUP", {"num_groups": GROUPS}],
+    "norm_name": "", "num_groups": GROUPS, "use_conv_final": True, "upsample_mode": "nontrainable",
+}  # fmt: skip
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """The published ``LightMUNet`` as our model."""
     constructor(entry, "LightMUNet")
-    model = LightMUNet(**translated(kwargs, SAME, UNCHANGED))
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in kwargs.items()}
+    model = LightMUNet(**translated(given, SAME, UNCHANGED))
     # The norms of the narrowest map magnify rounding.
     return Published(model, keys(max(map(len, model.stages))), _run, float32_bounds={"down3": 1e-3})
 

@@ -324,15 +324,19 @@ VARIANTS = [
 VARIANTS += twins([row for row in VARIANTS if row.name != "mambamim_encoder"])
 
 WRAPPER = {"img_size", "mask_ratio", "decoder_width", "encoder"}
+HYBIRD: dict[str, Any] = dict(  # defaults of the published class; build_hybird makes another network of it
+    in_channel=3, n_classes=3, channels=(32, 64, 96, 128, 192), depths=(1, 1, 3, 3, 1), exp_r=(2, 4, 4, 4, 2), depth=3,
+)  # fmt: skip
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
-    """``Hybird`` (build_hybird) or ``MambaMIM`` of the published code as our model."""
-    if constructor(entry, "Hybird", "MambaMIM") == "Hybird":
-        options = translate(kwargs)
-        model = HyMamba(3, kwargs.get("in_channel", 1), kwargs.get("n_classes", 14), **options)
+    """``Hybird``, ``build_hybird`` or ``MambaMIM`` of the published code as our model."""
+    name = constructor(entry, "Hybird", "build_hybird", "MambaMIM")
+    if name != "MambaMIM":
+        given = {**HYBIRD, **kwargs} if name == "Hybird" else kwargs
+        model = HyMamba(3, given.get("in_channel", 1), given.get("n_classes", 14), **translate(given))
         return Published(model, segmenter_keys(len(model.encoder.layers)), _run_segmenter)
-    nothing_left(kwargs.keys() - WRAPPER)
+    nothing_left(kwargs.keys() - WRAPPER - {"densify_norm", "sbn"})     # As published: these two change nothing.
     encoder = kwargs.get("encoder", {})
     pretraining = MambaMIM(
         3, encoder.get("in_channel", 1), mask_ratio=kwargs.get("mask_ratio", 0.6),

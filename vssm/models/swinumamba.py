@@ -30,7 +30,7 @@ from vssm.models.base import make_stages, widths
 from vssm.models.keys import Rule, also, rename
 from vssm.models.names import MIXER, SSM_SHAPES
 from vssm.models.segmenter import Blocks, Segmenter
-from vssm.models.variant import NotCovered, Published, Variant, constructor, nothing_left
+from vssm.models.variant import NotCovered, Published, Variant, constructor, nothing_left, translated
 
 REPOSITORY = "JiarunLiu/Swin-UMamba"
 INSTANCE_NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -192,6 +192,7 @@ class SwinUMambaD(_Supervised):
         deep_supervision: Return logits of several sizes in training.
         mixer: ``"scan"``, or ``"conv"`` for the twin without Mamba.
         d_state, scan, scan_options: Of the mixers, see ``ScanMixer``.
+        decoder_d_state: States of the decoder's mixers, by default those of the encoder's.
         drop_path_rate, decoder_drop_path_rate: Stochastic depth, rising in the encoder and falling in the decoder.
     """
 
@@ -209,6 +210,7 @@ class SwinUMambaD(_Supervised):
         deep_supervision: bool = False,
         mixer: str = "scan",
         d_state: int = 16,
+        decoder_d_state: int | None = None,
         scan: str = "cross",
         scan_options: Mapping[str, Any] | None = None,
         drop_path_rate: float = 0.2,
@@ -216,7 +218,10 @@ class SwinUMambaD(_Supervised):
     ):
         dims = widths("SwinUMambaD", dim, depths)
         super().__init__(spatial_dims, in_channels, out_channels, multiple=patch_size * 2 ** (len(depths) - 1))
-        make_mixer = chosen("SwinUMambaD", "mixer", mixer, mixers(spatial_dims, scan, scan_options, d_state))
+        make_mixer, make_up_mixer = (
+            chosen("SwinUMambaD", "mixer", mixer, mixers(spatial_dims, scan, scan_options, states))
+            for states in (d_state, decoder_d_state or d_state)
+        )
         self.deep_supervision = deep_supervision
         self.encoder = Encoder(in_channels, dims, depths, patch_size, make_mixer, drop_path_rate, spatial_dims)
         rates = calculate_drop_path_rates(decoder_drop_path_rate, UP_DEPTH * (len(dims) - 1))
@@ -225,7 +230,8 @@ class SwinUMambaD(_Supervised):
         for deep, width in zip(dims[::-1], upwards):
             self.expands.append(PatchExpand(deep, width, spatial_dims=spatial_dims))
             self.joins.append(nn.Linear(2 * width, width))
-            self.blocks.append(Blocks(*(MixerBlock(width, make_mixer, drop_path=rates.pop()) for _ in range(UP_DEPTH))))
+            blocks = (MixerBlock(width, make_up_mixer, drop_path=rates.pop()) for _ in range(UP_DEPTH))
+            self.blocks.append(Blocks(*blocks))
         self.expands.append(PatchExpand(dims[0], dims[0], patch_size, spatial_dims))
         self.heads.extend(conv(width, out_channels, 1) for width in [*upwards, dims[0]])
         self.apply(_kaiming_convolution)                        # linear layers of the decoder start as PyTorch's do
@@ -324,19 +330,17 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     return Published(SwinUMambaD(**_translated_d(kwargs)), KEYS_D, _run)
 
 
+SAME = {"in_chans": "in_channels", "out_chans": "out_channels", "feat_size": "features",
+        "deep_supervision": "deep_supervision"}  # fmt: skip
+WIDTHS = [48, 96, 192, 384, 768]
+UNCHANGED = {"hidden_size": WIDTHS[-1], "norm_name": "instance", "res_block": True, "spatial_dims": 2}
 IGNORED = {"drop_path_rate", "layer_scale_init_value"}  # by the published Swin-UMamba
 
 
 def _translated(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    given = {key: value for key, value in kwargs.items() if key not in IGNORED}
-    ours = {
-        "in_channels": given.pop("in_chans", 1), "out_channels": given.pop("out_chans", 13),
-        "deep_supervision": given.pop("deep_supervision", False),
-    }  # fmt: skip
-    features, hidden = list(given.pop("feat_size", (48, 96, 192, 384, 768))), given.pop("hidden_size", 768)
-    if features != [48, 96, 192, 384, 768] or hidden != 768:
-        raise NotCovered(f"feat_size={features}, hidden_size={hidden}: the published encoder has its own widths")
-    nothing_left(given)
+    ours = {"out_channels": 13, "features": WIDTHS, **translated(kwargs, SAME, UNCHANGED, IGNORED)}
+    if list(ours["features"])[1:] != WIDTHS[1:]:
+        raise NotCovered(f"feat_size={ours['features']}: the published encoder has its own widths, {WIDTHS[1:]}")
     return ours
 
 
@@ -345,16 +349,18 @@ def _translated_d(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     nothing_left(kwargs.keys() - {"vss_args", "decoder_args"})
     ours = {
         "in_channels": encoder.pop("in_chans", 3), "depths": encoder.pop("depths", (2, 2, 9, 2)),
-        "dim": encoder.pop("dims", 96), "patch_size": encoder.pop("patch_size", 4),
-        "drop_path_rate": encoder.pop("drop_path_rate", 0.2), "d_state": encoder.pop("d_state", 16),
+        "dim": encoder.pop("dims", 96), "drop_path_rate": encoder.pop("drop_path_rate", 0.1),
+        "d_state": encoder.pop("d_state", 16), "decoder_d_state": decoder.pop("d_state", 16),
         "out_channels": decoder.pop("num_classes"), "deep_supervision": decoder.pop("deep_supervision", False),
         "decoder_drop_path_rate": decoder.pop("drop_path_rate", 0.2),
     }  # fmt: skip
+    if encoder.pop("patch_size", 4) != 4:
+        raise NotCovered(f"patch_size={kwargs['vss_args']['patch_size']}: the published decoder ends 4 times as large")
+    if None in (ours["d_state"], ours["decoder_d_state"]):
+        raise NotCovered("d_state=None: as many states as a width asks for")
     features = list(decoder.pop("features_per_stage"))
     if features != widths("SwinUMambaD", ours["dim"], ours["depths"]):
         raise NotCovered(f"features_per_stage={features}, other than those of the encoder")
-    if decoder.pop("d_state", 16) != ours["d_state"]:
-        raise NotCovered("a d_state of the decoder other than that of the encoder")
     nothing_left({**encoder, **decoder})
     return ours
 
