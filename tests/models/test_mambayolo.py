@@ -209,7 +209,7 @@ def slow_loss(raw, targets):
             for a in range(cells):
                 x, y = (centres[a] * pixels[a]).tolist()
                 x1, y1, x2, y2 = target["boxes"][g].tolist()
-                if min(x - x1, y - y1, x2 - x, y2 - y) > 1e-9:
+                if min(x - x1, y - y1, x2 - x, y2 - y) > 1e-9 and x1 + y1 + x2 + y2 != 0:
                     iou[g, a] = complete_iou(target["boxes"][g], boxes[a] * pixels[a]).clamp(min=0)
                     align[g, a] = scores[a, target["labels"][g]] ** 0.5 * iou[g, a] ** 6
         claims = {a: [] for a in range(cells)}
@@ -246,8 +246,10 @@ CROWD = objects((4, 4, 60, 60, 0), (8, 8, 56, 60, 1), (10, 4, 44, 40, 2), (0, 0,
 
 
 @pytest.mark.parametrize(
-    "targets", [[CROWD, objects((30, 10, 90, 30, 2))], [objects(), CROWD], [objects(), objects()]],
-    ids=["crowd", "one empty", "all empty"],
+    "targets",
+    [[CROWD, objects((30, 10, 90, 30, 2))], [objects(), CROWD], [objects(), objects()],
+     [objects((-40, -30, 40, 30, 1), (4, 4, 60, 60, 0)), objects((-40, -30, 40, 30, 1))]],
+    ids=["crowd", "one empty", "all empty", "around the corner"],
 )  # fmt: skip
 def test_the_loss_and_its_gradient_are_those_of_the_sheet(targets):
     """Among them objects that claim the same cells, and a distance that is clamped (the whole image at stride 8)."""

@@ -118,6 +118,7 @@ class TaskAlignedLoss(nn.Module):
                 f"{int(labels.max())}"
             )
         inside = distances_to_sides(centres, goal[:, None]).amin(-1) > self.eps                 # (n, A)
+        inside &= goal.sum(1, keepdim=True) != 0            # As published: a box around the corner (0, 0) is padding
         iou = torch.where(inside, complete_iou(goal[:, None], boxes[None]).clamp(min=0), 0)
         align = torch.where(inside, scores[:, labels].mT ** self.alpha * iou**self.beta, 0)
         best = align.topk(min(self.topk, cells), dim=1).indices
