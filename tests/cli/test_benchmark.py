@@ -51,14 +51,28 @@ def test_a_model_runs_without_its_core(name):
     import timm
 
     model = timm.create_model(name)
-    before = model(torch.ones(1, 3, 32, 32)) if name == "test_vmamba" else None
-    _benchmark_models.without_core(model)
-    y = model(torch.ones(1, 3, *model.default_cfg["input_size"][1:]))
+    x = torch.ones(1, 3, *model.default_cfg["input_size"][1:])
+    before = model(x)
+    _benchmark_models.without_core(model, lambda: model(x))
+    y = model(x)
     y.sum().backward()
     missing = {key.split(".")[-1] for key, x in model.named_parameters() if x.grad is None}
     assert "A_log" in missing
     assert missing <= {"x_proj", "dt_weight", "dt_bias", "A_log", "D"}, missing
-    assert before is None or before.shape == y.shape
+    assert before.shape == y.shape
+    assert not torch.equal(before, y)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("test_plainmamba", "got 3 of 3 that are not"), ("test_localvim", "got 3 of 3"), ("test_mamba2d", "got 0 of 0")],
+)
+def test_a_model_whose_scans_cannot_be_left_out_is_not_timed_without_them(name, message, monkeypatch):
+    monkeypatch.setattr(_benchmark_models, "DEVICE", "cpu")
+    monkeypatch.setattr(_benchmark_models, "setting", lambda name: _benchmark_models.Setting((32, 32), 1, 1))
+    (row,) = _benchmark_models.models([name], ["eager"], torch.bfloat16, True, 1, 60)
+    assert message in row["error"]
+    assert "inference img/s" not in row
 
 
 @pytest.mark.parametrize(

@@ -186,9 +186,26 @@ def _images(count: int, channels: int, size: tuple[int, ...], device: str) -> Te
     return x.contiguous(memory_format=torch.channels_last) if len(size) == 2 else x
 
 
-def without_core(model: nn.Module) -> None:
-    """Put the identity in the place of each scan with its projections, so that its share of the time shows."""
+def without_core(model: nn.Module, run: Callable[[], object]) -> None:
+    """Put the identity in the place of each scan with its projections, so that its share of the time shows.
+
+    Raises:
+        ValueError: If ``run``, which runs the model once, does not call each ``SelectiveSSM``, or there is none: what
+            scans by other ways would be timed with its scan.
+    """
     from vssm.layers.ssm import SelectiveSSM
+
+    cores = [module for module in model.modules() if isinstance(module, SelectiveSSM)]
+    uncalled = set(cores)
+    hooks = [core.register_forward_pre_hook(lambda module, _: uncalled.discard(module)) for core in cores]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    if uncalled or not cores:
+        raise ValueError(
+            f"without_core: all scans must be calls of a SelectiveSSM, got {len(uncalled)} of {len(cores)} that are not"
+        )
 
     def identity(
         u: Tensor, table: Tensor, z: Tensor | None = None, *, merge: str | None = "sum", **rest: Any
@@ -197,9 +214,8 @@ def without_core(model: nn.Module) -> None:
             return u if u.dim() == 4 else u[:, None].expand(-1, table.shape[-2], -1, -1)
         return u if u.dim() == 3 else u[:, 0]
 
-    for module in model.modules():
-        if isinstance(module, SelectiveSSM):
-            module.forward = identity  # type: ignore[method-assign]
+    for core in cores:
+        core.forward = identity  # type: ignore[method-assign]
 
 
 class Turns:
@@ -260,8 +276,9 @@ def measure(
     """A row a mode; where a mode fails, the row says why."""
     sizes = setting(name)
     each = work(name, sizes, DEVICE)
+    problem: dict[str, Any] = {}
     if coreless:
-        without_core(each.model)
+        _try(partial(without_core, each.model, partial(each.infer, each.model, 1)), problem)
     optimizer = torch.optim.AdamW(each.model.parameters(), 1e-5, fused=True, capturable=True)
     for mode in modes:
         row: dict[str, Any] = {
@@ -269,6 +286,7 @@ def measure(
             "mode": mode + " without core" * coreless,
             "size": "×".join(map(str, sizes.size)),
             "batch": f"{sizes.inference}, {sizes.training}",
+            **problem,
         }
         run: Any = torch.compile(each.model, fullgraph=True) if mode == "compiled" else each.model
 
@@ -287,8 +305,9 @@ def measure(
         steps = {"inference": partial(infer, sizes.inference), "training": partial(train, sizes.training)}
         few = {"inference": partial(infer, min(2, sizes.inference)), "training": partial(train, min(2, sizes.training))}
         compiles = mode == "compiled"
+        first = {} if problem else steps if compiles else few  # compiled kernels fit all batches
         with turns.compiling() if compiles else contextlib.nullcontext():
-            for what, step in (steps if compiles else few).items():  # other kernels fit all batches
+            for what, step in first.items():
                 each.model.train(what == "training")
                 _try(step, row)
         optimizer.zero_grad(set_to_none=True)
