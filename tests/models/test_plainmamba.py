@@ -151,9 +151,42 @@ def test_the_published_backbone_has_the_published_names():
     assert "backbone.pos_embed" in names
 
 
+NARROW = {
+    "img_size": 32, "patch_size": 8, "embed_dims": 16, "num_layers": 3, "num_convs_patch_embed": 1,
+    "layers_with_dwconv": [0], "layer_cfgs": {"use_rms_norm": False, "mamba_cfg": {"bias": True, "conv_size": 7}},
+}  # fmt: skip
+
+
+def test_the_published_parts_of_a_model_without_an_architecture():
+    built = published("mmcls ImageClassifier(…)", {"backbone": NARROW, "num_classes": 1000})
+    model, x = TINY.build().eval(), torch.randn(1, 3, 40, 24)
+    load_state(built.model, to_published(model.state_dict(), KEYS), built.keys)
+    assert error(built.run(built.model.eval(), {"x": x})["logits"], model(x)) == 0
+
+
+def test_the_last_norm_may_be_missing():
+    built = published("x:PlainMambaSeg", {**NARROW, "final_norm": False, "out_indices": 2})
+    assert not any("ln1" in name for name in published_shapes(shapes_of(built.model), built.keys))
+    model, x = built.model.eval(), torch.randn(1, 3, 40, 24)
+    tokens = model.trunk.forward_intermediates(x, [2], output_fmt="NLC", intermediates_only=True)[0]
+    assert error(built.run(model, {"x": x})["feat0"], tokens.mT.unflatten(2, (5, 3))) == 0
+
+
+def test_an_architecture_has_its_parts_whatever_arguments_say():
+    with torch.device("meta"):
+        built = published("x:PlainMambaSeg", {**NARROW, "arch": "L2", "drop_rate": 0.1})
+    assert len(built.model.trunk.blocks) == 24
+    assert built.model.trunk.pos_embed.shape == (1, 4, 384)
+
+
 @pytest.mark.parametrize(
-    ("kwargs", "says"), [({"arch": "L9"}, "arch='L9'"), ({"arch": "L1", "rms": 1}, "arguments rms")]
-)
+    ("kwargs", "says"),
+    [
+        ({"arch": "L9"}, "arch='L9'"), ({"arch": "L1", "rms": 1}, "arguments rms"),
+        ({**NARROW, "layer_cfgs": {}}, "bias=False"), ({**NARROW, "with_pos_embed": False}, "with_pos_embed=False"),
+        ({**NARROW, "layer_cfgs": {"use_rms_norm": True}}, "use_rms_norm=True"),
+    ],
+)  # fmt: skip
 def test_what_is_not_covered_says_so(kwargs, says):
     with pytest.raises(NotCovered, match=says):
         published("mmcls ImageClassifier(…)", {"backbone": kwargs})

@@ -28,7 +28,7 @@ from vssm.layers.ssm import SelectiveSSM, decay, ssm_parameters
 from vssm.models.backbone import TrunkMaps, run_features
 from vssm.models.base import Isotropic, linear_head
 from vssm.models.keys import Rule, drop, rename, stack
-from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left
+from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left, translated
 from vssm.scans import scan_shape, scan_table, to_sequences, visits_once
 from vssm.scans.registry import find_scan
 
@@ -320,30 +320,56 @@ VARIANTS = [
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     """The published classifier (backbone, pooling, head), or the backbone ``PlainMambaSeg``, as our model."""
     name = entry.rpartition(":")[2]
+    given = dict(kwargs)
     if name == "PlainMambaSeg":
-        given = dict(kwargs)
-        out_indices = given.pop("out_indices", (-1,))
-        model = PlainMambaBackbone(PlainMamba(**translate(given), num_classes=0), out_indices)
+        indices = given.pop("out_indices", -1)
+        model = PlainMambaBackbone(_trunk(given, 0), [indices] if isinstance(indices, int) else indices)
+        model.out_indices = tuple(sorted(model.out_indices))  # As published: maps come in the order of the blocks.
         return Published(model, BACKBONE_KEYS, run_features)
     if "ImageClassifier" not in name:
         raise NotCovered(f"entry {entry!r} is no model of this family")
-    given = dict(kwargs)
-    ours = {**translate(given.pop("backbone", {})), "num_classes": given.pop("num_classes", 1000)}
+    model = _trunk(given.pop("backbone", {}), given.pop("num_classes", 1000))
     nothing_left(given)
-    return Published(PlainMamba(**ours), KEYS, _run_classifier)
+    return Published(model, KEYS, _run_classifier)
+
+
+def _trunk(kwargs: Mapping[str, Any], num_classes: int) -> PlainMamba:
+    """A published backbone with a classifier."""
+    given = dict(kwargs)
+    final_norm = given.pop("final_norm", True)
+    model = PlainMamba(**translate(given), num_classes=num_classes)
+    if not final_norm:
+        model.norm = nn.Identity()
+    return model
+
+
+SAME = {"img_size": "img_size", "in_channels": "in_chans"}
+PARTS = {"patch_size": "patch_size", "embed_dims": "embed_dim", "num_layers": "depth",
+         "num_convs_patch_embed": "stem_convs", "layers_with_dwconv": "conv_blocks"}  # fmt: skip
+UNCHANGED = {"norm_cfg": {"type": "LN", "eps": 1e-6}, "interpolate_mode": "bicubic", "with_pos_embed": True}
+INEFFECTIVE = {  # in training only
+    "drop_rate", "drop_path_rate", "init_cfg", "test_cfg", "convert_syncbn", "freeze_patch_embed", "type",
+}  # fmt: skip
+LAYER = {"use_rms_norm": False}  # of layer_cfgs
+MIXER = {"d_state": 16, "expand": 2, "conv_size": 7, "dt_rank": "auto", "conv_bias": True, "bias": True}
 
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``PlainMamba`` for those of the published backbone."""
-    given = {key: value for key, value in kwargs.items() if key not in ("drop_path_rate", "type")}
-    arch = given.pop("arch", None)
-    if arch not in ARCHITECTURES:
-        raise NotCovered(f"arch={arch!r}")
-    ours = dict(ARCHITECTURES[arch])
-    names = {"img_size": "img_size", "in_channels": "in_chans"}
-    ours |= {names[key]: given.pop(key) for key in list(given) if key in names}
-    nothing_left(given)
-    return ours
+    given = dict(kwargs)
+    arch, layer = given.pop("arch", None), given.pop("layer_cfgs", {})
+    if arch is None:
+        mixer = {"bias": False, **layer.get("mamba_cfg", {})}  # the published default
+        found = {key: value for key, value in layer.items() if key != "mamba_cfg"}
+        found |= {key: value for key, value in mixer.items() if key not in ("dt_init", "default_hw_shape")}
+        for key, value in found.items():
+            if (LAYER | MIXER).get(key) != value:
+                raise NotCovered(f"layer_cfgs: {key}={value!r}")
+        return {"depth": 20, "conv_blocks": ()} | translated(given, SAME | PARTS, UNCHANGED, INEFFECTIVE)
+    if arch not in ARCHITECTURES or not isinstance(layer, Mapping):
+        raise NotCovered(f"arch={arch!r}, layer_cfgs={layer!r}")
+    # As published: an architecture has its parts, whatever arguments say.
+    return ARCHITECTURES[arch] | translated(given, SAME, UNCHANGED, INEFFECTIVE | PARTS.keys())
 
 
 def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
