@@ -12,7 +12,7 @@ from tolerance import TOLERANCE, error
 
 from vssm.checkpoints import load_state
 from vssm.cli import verify
-from vssm.layers.local_mixer import LocalMixer, sum_with_columns
+from vssm.layers.local_mixer import LocalMixer, local_mixers, sum_with_columns
 from vssm.models.keys import published_shapes, shapes_of, to_published
 from vssm.models.localmamba import FIXED, KEYS, VARIANTS, LocalVMamba, published
 from vssm.models.localvim import LocalVim, LocalVimBackbone
@@ -107,6 +107,67 @@ def test_a_mixer_is_that_of_the_sheet(conv, class_token, directions):
     assert error(mixer(x, (h, w)), mixer.out_proj(total)[None]) < TOLERANCE[torch.float64]
 
 
+@pytest.mark.parametrize("conv", ["sequence", "grid"])
+def test_the_search_weighs_normalised_directions(conv):
+    """Weights (8, 1, 1, 1) of a softmax, norms without parameters, as published."""
+    torch.manual_seed(0)
+    x, grid = torch.randn(2, 15, 16, dtype=torch.float64), (3, 5)
+    searching = local_mixers("local", None, None, 1, conv)(0, 16).double()
+    torch.nn.init.normal_(searching.weights)
+    y = torch.randn(2, 8, 15, 32, dtype=torch.float64)
+    rows = searching.attention(y).unbind(1)
+    rows = [torch.nn.functional.layer_norm(row, (32,)) for row in rows]
+    for k in (2, 3):
+        for _ in range(2):                                      # column by column; read as (3, 5), then transposed
+            rows[k] = rows[k].unflatten(1, grid).transpose(1, 2).flatten(1, 2)
+    weights = searching.weights.exp() / searching.weights.exp().sum()
+    expected = sum(weight * row for weight, row in zip(weights, rows, strict=True))
+    assert error(searching.merged(y, grid), expected) < TOLERANCE[torch.float64]
+    assert searching(x, grid).shape == x.shape
+    assert searching.scan_options == {"directions": "h h_flip v v_flip w2 w2_flip w7 w7_flip"}
+
+
+SEARCH_PARTS = dict(depth=2, embed_dim=16, img_size=32, patch_size=8, rms_norm=True, if_abs_pos_embed=True,
+                    final_pool_type="mean")  # fmt: skip
+
+
+def test_the_networks_of_the_search_have_the_published_entries():
+    vim = published("x.py:local_vim_tiny_search", SEARCH_PARTS)
+    names = published_shapes(shapes_of(vim.model), vim.keys)
+    assert names["layers.1.mixer.multi_scan.weights"] == (8, 1, 1, 1)
+    assert {name for name in names if "A_log" in name} == {
+        f"layers.{i}.mixer.A_log_{k}" for i in range(2) for k in range(8)
+    }
+    with torch.device("meta"):
+        small = published("x.py:local_vssm_small_search", {})
+    names = published_shapes(shapes_of(small.model), small.keys)
+    assert names["layers.2.blocks.26.op.multi_scan.weights"] == (8, 1, 1, 1)
+    assert names["layers.3.blocks.0.op.A_logs"] == (8 * 512, 16)
+
+
+def test_blocks_may_read_different_numbers_of_directions():
+    kwargs = {**SEARCH_PARTS, "depth": 3, "directions": [["h"], ["v", "w2", "h_flip"], ["v", "h"]]}
+    source, target = (published("x.py:VisionMamba", kwargs) for _ in range(2))
+    names = to_published(source.model.state_dict(), source.keys)
+    assert [f"layers.{i}.mixer.D_{k}" in names for i in range(3) for k in range(3)] == [1, 0, 0, 1, 1, 1, 1, 1, 0]
+    load_state(target.model, names, target.keys)
+    x = torch.randn(1, 3, 32, 24)
+    assert torch.equal(source.model.eval()(x), target.model.eval()(x))
+
+
+def test_rotary_embedding_without_the_residual_turns_what_blocks_add():
+    kwargs = {**SEARCH_PARTS, "directions": [["h"], ["v"]], "if_rope": True, "final_pool_type": "none"}
+    model, x = published("x.py:VisionMamba", kwargs).model.eval(), torch.randn(1, 3, 32, 24)
+    tokens, grid = model.embed(x)
+    hidden, residual = tokens, 0
+    for block in model.blocks:
+        hidden = model.rope.turn(hidden, grid)
+        residual = residual + hidden
+        hidden = block.mixer(block.norm(residual), grid)
+    expected = model.head(model.norm(residual + hidden)[:, -1])
+    assert error(model(x), expected) < TOLERANCE[torch.float32]
+
+
 def test_columns_change_places_only_where_the_grid_is_not_square():
     y = torch.arange(6.0).view(1, 1, 6, 1)
     assert sum_with_columns(y, (2, 3), (0,), token=False).flatten().tolist() == [0, 4, 3, 2, 1, 5]
@@ -143,7 +204,7 @@ def test_images_are_padded_to_whole_patches():
 
 
 def test_a_class_token_fixes_the_size():
-    model = TINY.build(class_token="middle", rope=False, global_pool="token").eval()
+    model = TINY.build(class_token="middle", rope=None, global_pool="token").eval()
     assert model.pos_embed.shape == (1, 17, 16)
     assert torch.isfinite(model(torch.randn(1, 3, 31, 26))).all()                       # 4 x 4 patches when padded
     with pytest.raises(ValueError, match=r"images must have 4 x 4 patches of 8 pixels, got 5 x 3; create the model"):
@@ -220,14 +281,13 @@ VIM = {"directions": [["h"] * 4] * 24, "rms_norm": True, "final_pool_type": "mea
 @pytest.mark.parametrize(
     ("entry", "kwargs", "reason"),
     [
-        ("local_vim_tiny_search", {}, "no model of this family"),
-        ("VisionMamba", {**VIM, "directions": None}, "searched with"),
-        ("VisionMamba", {**VIM, "if_rope": True}, "if_rope_residual=False"),
-        ("VisionMamba", {**VIM, "bimamba_type": "v1"}, "bimamba_type='v1'"),
+        ("local_vim_base", {}, "no model of this family"),
+        ("local_vssm_base", {}, "no model of this family"),
+        ("VisionMamba", {**VIM, "if_abs_pos_embed": False}, "if_abs_pos_embed=False"),
+        ("VisionMamba", {**VIM, "if_cls_token": True}, "use_middle_cls_token=False"),
         ("VisionMamba", {**VIM, "window": 3}, "arguments window"),
-        ("VisionMamba", {**VIM, "final_pool_type": "none"}, "final_pool_type='none'"),
-        ("Backbone_LocalVSSM", {"dims": 96}, "searched with"),
-        ("Backbone_LocalVSSM", {"directions": [["h"]], "ssm_ratio": 1.0}, "ssm_ratio=1.0"),
+        ("VisionMamba", {**VIM, "final_pool_type": "max"}, "final_pool_type='max'"),
+        ("Backbone_LocalVSSM", {"directions": [["h"]], "ssm_conv": 1}, "ssm_conv=1"),
         ("Backbone_LocalVSSM", {"directions": [["h"]], "window": 3}, "arguments window"),
     ],
 )
@@ -244,6 +304,7 @@ def test_what_is_not_covered_says_so(entry, kwargs, reason):
         (LocalVim, {"global_pool": "token"}, "global_pool='token' needs class_token='middle'"),
         (LocalVim, {"class_token": "first"}, "class_token must be one of 'middle', None"),
         (LocalVim, {"class_token": "middle"}, "rope turns patches only"),
+        (LocalVim, {"rope": "both"}, "rope must be one of 'stream', 'block', None"),
         (LocalVim, {"norm": "batch"}, "norm must be one of 'rms', 'layer'"),
         (LocalVim, {"img_size": 12}, "at least one patch"),
         (LocalVMamba, {"dim": (8, 8), "directions": FIXED}, r"one width a stage \(4 in depths\), got \(8, 8\)"),
@@ -256,6 +317,6 @@ def test_refuses_options_that_do_not_fit(model, options, message):
 
 @pytest.mark.parametrize(("token", "index", "message"), [(None, 3, "blocks 0 to 2"), ("middle", 0, "no class token")])
 def test_refuses_trunks_that_do_not_fit(token, index, message):
-    trunk = TINY.build(class_token=token, rope=token is None)
+    trunk = TINY.build(class_token=token, rope=None if token else "stream")
     with pytest.raises(ValueError, match=message):
         LocalVimBackbone(trunk, (index,))

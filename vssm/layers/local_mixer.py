@@ -17,7 +17,8 @@ from vssm.layers.norm import TokenNorm
 from vssm.layers.ssm import decay
 from vssm.scans import scan_shape, scan_table
 
-Directions = str | Sequence[str]  # see ``vssm.scans.local``; one choice for all blocks, or one a block
+Directions = str | Sequence[str] | None  # see ``vssm.scans.local``; one choice for all blocks, one a block, or all
+ALL = "h h_flip v v_flip w2 w2_flip w7 w7_flip"
 
 
 class ChannelAttention(nn.Module):
@@ -43,6 +44,8 @@ class LocalMixer(ScanMixer):
             ``"sequence"``: a convolution along each direction, which padding passes with values of its own, gate inside
             each direction.
         class_token: It lies in the ``"middle"`` of the tokens, and in every direction after as many steps; or None.
+        weighted: Normalise the directions and add them up by learnt weights, as the search for directions does.
+        d_state, expand: See ``ScanMixer``.
     """
 
     fuses_gate = False
@@ -55,15 +58,20 @@ class LocalMixer(ScanMixer):
         columns: Sequence[int],
         conv: str,
         class_token: str | None = None,
+        *,
+        weighted: bool = False,
+        d_state: int = 16,
+        expand: float = 2.0,
     ):
         super().__init__(
             dim, scan=scan, scan_options=scan_options, conv=conv, conv_size=3 if conv == "grid" else 4,
-            out_norm="layer" if conv == "grid" else None, class_token=class_token,
+            out_norm="layer" if conv == "grid" else None, class_token=class_token, d_state=d_state, expand=expand,
         )  # fmt: skip
         self.columns = tuple(columns)
         grid = (12, 12)
         self.leaves_out = scan_shape(scan, grid, **self.scan_options)[1] < math.prod(grid)
         self.attention = ChannelAttention(self.out_proj.in_features)
+        self.weights = nn.Parameter(1e-3 * torch.randn(self.rows)) if weighted else None
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
@@ -103,6 +111,9 @@ class LocalMixer(ScanMixer):
     def merged(self, y: Tensor, grid: Sequence[int]) -> Tensor:
         """Directions (b, k, l, d), each under the attention, added up: (b, l, d)."""
         y = self.attention(y)
+        if self.weights is not None:
+            weights = self.weights.softmax(0).type_as(y)
+            y = nn.functional.layer_norm(y, y.shape[-1:]) * weights[:, None, None]
         if not self.columns:
             return y.sum(1)
         return sum_with_columns(y, grid, self.columns, self.class_token is not None)
@@ -158,14 +169,15 @@ def local_mixers(
     scan: str, scan_options: Mapping[str, Any] | None, directions: Directions, depth: int, conv: str, **options: Any
 ) -> Callable[[int, int], LocalMixer]:
     """A function ``(block, dim) -> LocalMixer``; blocks read ``directions`` if ``scan`` is "local"."""
+    weighted, directions = directions is None, ALL if directions is None else directions
     choices = [directions] * depth if isinstance(directions, str) else list(directions)
     if len(choices) != depth:
         raise ValueError(f"LocalMamba: directions must be one choice a block ({depth} blocks), got {len(choices)}")
 
     def make(i: int, dim: int) -> LocalMixer:
         if scan != "local":
-            return LocalMixer(dim, scan, scan_options, (), conv, **options)
+            return LocalMixer(dim, scan, scan_options, (), conv, weighted=weighted, **options)
         columns = [k for k, name in enumerate(choices[i].split()) if name.startswith("v")]
-        return LocalMixer(dim, scan, {"directions": choices[i]}, columns, conv, **options)
+        return LocalMixer(dim, scan, {"directions": choices[i]}, columns, conv, weighted=weighted, **options)
 
     return make

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vssm.layers.downsample import PatchMerging
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import to_map, to_tokens
-from vssm.layers.local_mixer import Directions, local_mixers
+from vssm.layers.local_mixer import ALL, Directions, local_mixers
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import ssm_parameters
 from vssm.layers.stem import PatchStem
@@ -25,7 +25,7 @@ from vssm.models.backbone import StageMaps, run_blocks, run_classifier, run_feat
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, drop, rename, reshape, stack
 from vssm.models.localvim import EPS, SEARCHED, LocalVim, LocalVimBackbone
-from vssm.models.names import SSM_SHAPES, frame
+from vssm.models.names import SSM_SHAPES, frame, unread
 from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left, translated
 
 REPOSITORY = "hunto/LocalMamba"
@@ -67,6 +67,7 @@ class LocalVMamba(Hierarchical):
         in_chans, num_classes, global_pool, drop_rate, drop_path_rate: As in timm.
         depths: Blocks of each stage.
         dim: Channels of the first stage, which double with every stage; or of all of them.
+        d_state, expand: States of each channel of the scan, and its channels over those of the block.
         directions, scan, scan_options: As in ``LocalVim``; blocks count through all stages.
         patch_size: Pixels of the image to one cell of the first stage.
     """
@@ -79,6 +80,8 @@ class LocalVMamba(Hierarchical):
         *,
         depths: Sequence[int] = (2, 2, 9, 2),
         dim: int | Sequence[int] = 96,
+        d_state: int = 16,
+        expand: float = 2.0,
         directions: Directions = SEARCHED_TINY,
         scan: str = "local",
         scan_options: Mapping[str, Any] | None = None,
@@ -87,7 +90,9 @@ class LocalVMamba(Hierarchical):
         drop_path_rate: float = 0.0,
     ):
         dims = widths("LocalVMamba", dim, depths)
-        make_mixer = local_mixers(scan, scan_options, directions, sum(depths), "grid")
+        make_mixer = local_mixers(
+            scan, scan_options, directions, sum(depths), "grid", d_state=d_state, expand=expand
+        )
 
         def block(i: int, j: int, rate: float) -> nn.Module:
             return LocalVMambaBlock(make_mixer(sum(depths[:i]) + j, dims[i]), dims[i], rate)
@@ -104,32 +109,39 @@ class LocalVMamba(Hierarchical):
         return set(ssm_parameters(self, "D"))
 
 
-def _each(ours: str, published: str) -> Rule:
-    """The four directions' own parameters in one; ``published`` has a place for their number."""
-    return stack([published.format(k) for k in range(4)], ours)
-
-
+SEARCH = [  # where directions are searched for
+    rename(r"\.multi_scan\.weights$", r".weights"),
+    reshape(r"\.weights$", "k 1 1 1 -> k"),
+]
 ATTENTION = [
     rename(r"\.attention\.global_reduce\.", r".attention.reduce."),
     rename(r"\.attention\.channel_select\.", r".attention.expand."),
 ]
-KEYS: list[Rule] = [  # of LocalVim
-    drop(r"^rope\.freqs_(cos|sin)$"),
-    _each("ssm.A_log", "A_log_{}"),
-    _each("ssm.D", "D_{}"),
-    _each("ssm.x_proj", "x_proj_{}.weight"),
-    _each("ssm.dt_weight", "dt_proj_{}.weight"),
-    _each("ssm.dt_bias", "dt_proj_{}.bias"),
-    _each("sequence_conv.weight", "conv1d_{}.weight"),
-    _each("sequence_conv.bias", "conv1d_{}.bias"),
-    reshape(r"\.sequence_conv\.weight$", "k d 1 w -> k d w"),
-    rename(r"\.mixer\.attn\.", r".mixer.attention."),
-    *ATTENTION,
-    rename(r"^layers\.(\d+)\.", r"blocks.\1."),
-    rename(r"^norm_f\.", r"norm."),
-]
-BACKBONE_KEYS: list[Rule] = [
-    *KEYS,
+OWN = {  # of each direction: our entry of all of them, and the published ones with a place for its number
+    "ssm.A_log": "A_log_{}", "ssm.D": "D_{}", "ssm.x_proj": "x_proj_{}.weight", "ssm.dt_weight": "dt_proj_{}.weight",
+    "ssm.dt_bias": "dt_proj_{}.bias", "sequence_conv.weight": "conv1d_{}.weight",
+    "sequence_conv.bias": "conv1d_{}.bias",
+}  # fmt: skip
+
+
+def vim_keys(directions: Directions = FIXED) -> list[Rule]:
+    """Key rules of LocalVim whose blocks read ``directions``."""
+    choices = [ALL] if directions is None else [directions] if isinstance(directions, str) else directions
+    counts = sorted({len(choice.split()) for choice in choices}, reverse=True)  # the most first: they hold the others
+    return [
+        drop(r"^rope\.freqs_(cos|sin)$"),
+        *(stack([name.format(k) for k in range(n)], ours) for n in counts for ours, name in OWN.items()),
+        reshape(r"\.sequence_conv\.weight$", "k d 1 w -> k d w"),
+        *SEARCH,
+        rename(r"\.mixer\.attn\.", r".mixer.attention."),
+        *ATTENTION,
+        rename(r"^layers\.(\d+)\.", r"blocks.\1."),
+        rename(r"^norm_f\.", r"norm."),
+    ]
+
+
+KEYS = vim_keys()
+BACKBONE_KEYS: list[Rule] = [  # behind those of the classifier
     rename(r"^outnorm_(\d+)\.", r"out_norms.\1."),
     rename(r"^(pos_embed|patch_embed|blocks)", r"trunk.\1"),
 ]
@@ -138,6 +150,7 @@ VMAMBA_KEYS: list[Rule] = [  # of LocalVMamba and its backbone
     *frame(),
     rename(r"\.mixer\.multi_scan\.attn\.", r".mixer.attention."),
     *ATTENTION,
+    *SEARCH,
 ]
 
 
@@ -148,8 +161,8 @@ def _weights(file: str, top1: float, notes: str = "") -> dict[str, Weights]:
 
 
 def _vim(name: str, weights: Mapping[str, Weights] | None = None, description: str = "", **kwargs: Any) -> Variant:
-    fixed = kwargs.get("class_token") is not None
-    return Variant(name, LocalVim, kwargs, KEYS, weights or {}, fixed_input_size=fixed, description=description)
+    fixed, rules = kwargs.get("class_token") is not None, vim_keys(kwargs.get("directions", SEARCHED))
+    return Variant(name, LocalVim, kwargs, rules, weights or {}, fixed_input_size=fixed, description=description)
 
 
 def _vmamba(name: str, weights: Mapping[str, Weights] | None = None, description: str = "", **kwargs: Any) -> Variant:
@@ -163,7 +176,7 @@ RETRAINED = "82.7 is that of the paper; the repository marks this model as being
 VARIANTS = [
     _vim("localvim_tiny", _weights("local_vim_tiny", 76.2), drop_path_rate=0.1),
     _vim("localvim_tiny_cls", _weights("local_vim_tiny_middle_cls_token", 77.8), "with a class token",
-         class_token="middle", rope=False, global_pool="token", drop_path_rate=0.1),
+         class_token="middle", rope=None, global_pool="token", drop_path_rate=0.1),
     _vim("localvim_tiny_fixed", None, "published without weights; directions that no search chose",
          directions=FIXED, drop_path_rate=0.1),
     _vim("localvim_small", None, "as the repository builds it, with directions that no search chose; published with "
@@ -173,6 +186,12 @@ VARIANTS = [
     _vmamba("localvmamba_tiny", _weights("local_vssm_tiny", 82.7, RETRAINED), drop_path_rate=0.2),
     _vmamba("localvmamba_small", _weights("local_vssm_small", 83.7),
             depths=(2, 2, 27, 2), directions=SEARCHED_SMALL, drop_path_rate=0.2),
+    _vim("localvim_tiny_search", None, "to search for directions with", embed_dim=128, directions=None,
+         drop_path_rate=0.1),
+    _vmamba("localvmamba_tiny_search", None, "to search for directions with", dim=32, directions=None,
+            drop_path_rate=0.1),
+    _vmamba("localvmamba_small_search", None, "to search for directions with",
+            depths=(2, 2, 27, 2), dim=32, directions=None, drop_path_rate=0.1),
     _vim("test_localvim", None, "for tests", img_size=32, patch_size=8, embed_dim=16, depth=3,
          directions=("h v_flip w3 w3_flip", "h_flip v w2_flip w3", FIXED)),
     _vmamba("test_localvmamba", None, "for tests", depths=(1, 1, 1, 1), dim=8,
@@ -186,6 +205,7 @@ VIM_FACTORIES: dict[str, dict[str, Any]] = {  # published constructors, by what 
         "if_cls_token": True, "use_middle_cls_token": True, "if_rope": False, "if_rope_residual": False,
     },
     "local_vim_small": {"embed_dim": 384, "directions": [FIXED.split()] * 20},
+    "local_vim_tiny_search": {"embed_dim": 128, "directions": None},
 }  # fmt: skip
 VIM_FACTORY = {
     "patch_size": 16, "embed_dim": 192, "depth": 20, "rms_norm": True, "final_pool_type": "mean", "if_rope": True,
@@ -196,11 +216,13 @@ VIM_DEFAULTS = {  # of the published class, where it is not given; None must be 
     "rms_norm": None, "final_pool_type": None, "if_abs_pos_embed": None, "if_rope": False, "if_rope_residual": False,
     "if_cls_token": False, "use_middle_cls_token": False, "directions": None,
 }  # fmt: skip
-VIM_UNCHANGED = {"d_state": 16, "ssm_cfg": None, "bimamba_type": "v2", "norm_epsilon": EPS, "stride": 16}
-ELSEWHERE = {  # change no output: training, precision, fused or not
+VIM_UNCHANGED = {"ssm_cfg": None, "norm_epsilon": EPS, "pt_hw_seq_len": 14}
+ELSEWHERE = {  # change no output: training, precision, fused or not; or, as published, nothing reads them
     "drop_rate", "drop_path_rate", "fused_add_norm", "residual_in_fp32", "pretrained", "pretrained_ckpt",
-    "use_checkpoint",
+    "use_checkpoint", "d_state", "stride", "bimamba_type", "if_bimamba", "if_devide_out", "if_divide_out",
+    "ft_seq_len",
 }  # fmt: skip
+VIM_POOLS = {"mean": "avg", "none": "last", "all": ""}
 
 
 def translate_vim(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,43 +233,45 @@ def translate_vim(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             raise NotCovered(f"{key}={kwargs[key]!r}")
     nothing_left(given.keys() - VIM_DEFAULTS.keys())
     given = VIM_DEFAULTS | given
-    needed = {"if_abs_pos_embed": True, "if_rope_residual": given["if_rope"]}
+    needed = {"if_abs_pos_embed": True}
     if given["if_cls_token"]:
         needed |= {"use_middle_cls_token": True, "if_rope": False}
-    else:
-        needed |= {"final_pool_type": "mean"}
+    elif given["final_pool_type"] not in VIM_POOLS:
+        raise NotCovered(f"final_pool_type={given['final_pool_type']!r}")
     for key, value in needed.items():
         if given[key] != value:
             raise NotCovered(f"{key}={given[key]!r}")
-    if given["directions"] is None:
-        raise NotCovered("directions=None is the network that directions are searched with")
     same = ("img_size", "num_classes", "patch_size", "embed_dim", "depth")
     return {
         **{key: given[key] for key in same},
         "in_chans": given["channels"],
-        "directions": [" ".join(names) for names in given["directions"]],
+        "directions": _joined(given["directions"]),
         "class_token": "middle" if given["if_cls_token"] else None,
-        "global_pool": "token" if given["if_cls_token"] else "avg",
-        "rope": given["if_rope"],
+        "global_pool": "token" if given["if_cls_token"] else VIM_POOLS[given["final_pool_type"]],
+        "rope": ("stream" if given["if_rope_residual"] else "block") if given["if_rope"] else None,
         "norm": "rms" if given["rms_norm"] else "layer",
     }
 
 
+def _joined(directions: Sequence[Sequence[str]] | None) -> list[str] | None:
+    """Published directions as ours."""
+    return None if directions is None else [" ".join(names) for names in directions]
+
+
+VMAMBA_FACTORIES = {row.name.replace("localvmamba", "local_vssm"): row for row in VARIANTS}
 VMAMBA_SAME = {"patch_size": "patch_size", "in_chans": "in_chans", "num_classes": "num_classes", "depths": "depths",
-               "dims": "dim"}  # fmt: skip
+               "dims": "dim", "ssm_d_state": "d_state", "ssm_ratio": "expand"}  # fmt: skip
 VMAMBA_UNCHANGED = {
-    "ssm_d_state": 16, "ssm_dt_rank": "auto", "ssm_ratio": 2.0, "mlp_ratio": 0.0, "patch_norm": True, "d_state": 16,
+    "ssm_dt_rank": "auto", "patch_norm": True, "ssm_act_layer": "silu", "ssm_conv": 3, "ssm_conv_bias": True,
 }  # fmt: skip
+VMAMBA_ELSEWHERE = {*ELSEWHERE, "mlp_ratio", "norm_layer", "ssm_drop_rate", "ssm_simple_init"}
 
 
 def translate_vmamba(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``LocalVMamba`` for those of the published ``VSSM``."""
     given = dict(kwargs)
     directions = given.pop("directions", None)
-    if directions is None:
-        raise NotCovered("directions=None is the network that directions are searched with")
-    ours = translated(given, VMAMBA_SAME, VMAMBA_UNCHANGED, ELSEWHERE)
-    return {**ours, "directions": [" ".join(names) for names in directions]}
+    return {**translated(given, VMAMBA_SAME, VMAMBA_UNCHANGED, VMAMBA_ELSEWHERE), "directions": _joined(directions)}
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
@@ -256,22 +280,23 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     given = dict(kwargs)
     out_indices = given.pop("out_indices", None)
     if name in VIM_FACTORIES:
-        model = LocalVim(**translate_vim({**VIM_FACTORY, **VIM_FACTORIES[name], **kwargs}))
-        return Published(model, KEYS, run_blocks)
+        given, name = {**VIM_FACTORY, **VIM_FACTORIES[name], **kwargs}, "VisionMamba"
     if name == "VisionMamba":
-        return Published(LocalVim(**translate_vim(kwargs)), KEYS, run_blocks)
+        ours = translate_vim(given)
+        return Published(LocalVim(**ours), vim_keys(ours["directions"]), run_blocks)
     if name == "Backbone_LocalVisionMamba":
-        trunk = LocalVim(**{**translate_vim(given), "num_classes": 0})
-        return Published(LocalVimBackbone(trunk, out_indices or (4, 9, 14, 19)), BACKBONE_KEYS, run_features)
-    if name in ("local_vssm_tiny", "local_vssm_small"):
+        ours = translate_vim(given)
+        model = LocalVimBackbone(LocalVim(**{**ours, "num_classes": 0}), sorted(out_indices or (4, 9, 14, 19)))
+        return Published(model, [*vim_keys(ours["directions"]), *BACKBONE_KEYS], run_features)
+    if name in VMAMBA_FACTORIES:
         # As published: these factories take arguments and leave them out.
-        row = next(v for v in VARIANTS if v.name == name.replace("local_vssm", "localvmamba"))
-        return Published(row.build(), VMAMBA_KEYS, _run_vmamba)
+        return Published(VMAMBA_FACTORIES[name].build(), VMAMBA_KEYS, _run_vmamba)
     if name == "VSSM":
         return Published(LocalVMamba(**translate_vmamba(kwargs)), VMAMBA_KEYS, _run_vmamba)
     if name == "Backbone_LocalVSSM":
-        model = StageMaps(LocalVMamba(**{**translate_vmamba(given), "num_classes": 0}), out_indices or (0, 1, 2, 3))
-        return Published(model, VMAMBA_KEYS, run_features)
+        model = LocalVMamba(**{**translate_vmamba(given), "num_classes": 0})
+        maps = StageMaps(model, sorted(out_indices or (0, 1, 2, 3)))
+        return Published(maps, [*unread(len(maps.stages), len(model.stages)), *VMAMBA_KEYS], run_features)
     raise NotCovered(f"entry {entry!r} is no model of this family")
 
 

@@ -40,7 +40,7 @@ from vssm.models.base import Isotropic, linear_head
 EPS = 1e-5
 torch.fx.wrap("positions")
 NORMS = {"rms": RmsNorm, "layer": LayerNorm}
-POOLS = ("avg", "token", "")
+POOLS = ("avg", "token", "last", "")
 
 SEARCHED = (
     "h v_flip w7 w7_flip", "h_flip w2_flip w7 w7_flip", "h h_flip v w7", "h h_flip v v_flip", "h h_flip v v_flip",
@@ -85,11 +85,21 @@ def check_grid(grid: Sequence[int], own: Sequence[int], patch_size: int) -> None
 
 
 class LocalVimBlock(nn.Module):
-    """Norm, mix, add. (B, L, C) tokens in and out; with ``rope`` the stream turns before the block."""
+    """Norm, mix, add. (B, L, C) tokens in and out.
 
-    def __init__(self, mixer: nn.Module, norm: nn.Module, rope: ResizedRotary | None, drop_path: float = 0.0):
+    With rotary embedding, ``turn_in`` turns the stream before the block, ``turn_out`` what the block adds.
+    """
+
+    def __init__(
+        self,
+        mixer: nn.Module,
+        norm: nn.Module,
+        drop_path: float = 0.0,
+        turn_in: ResizedRotary | None = None,
+        turn_out: ResizedRotary | None = None,
+    ):
         super().__init__()
-        self.norm, self.mixer, self.rope = norm, mixer, rope
+        self.norm, self.mixer, self.turn_in, self.turn_out = norm, mixer, turn_in, turn_out
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
@@ -97,9 +107,10 @@ class LocalVimBlock(nn.Module):
 
     def step(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """The stream as the block reads it, the branch that it makes of it, and the stream behind it."""
-        x = x if self.rope is None else self.rope.turn(x, grid)
+        x = x if self.turn_in is None else self.turn_in.turn(x, grid)
         branch = self.mixer(self.norm(x), grid)
-        return x, branch, x + self.drop_path(branch)
+        added = self.drop_path(branch)
+        return x, branch, x + (added if self.turn_out is None else self.turn_out.turn(added, grid))
 
 
 class LocalVim(Isotropic):
@@ -110,13 +121,15 @@ class LocalVim(Isotropic):
     Args:
         img_size: Size of the images that the tables are for, one number or (H, W).
         in_chans, num_classes, drop_rate, drop_path_rate: As in timm.
-        global_pool: ``"avg"``: mean of the patches; ``"token"``: the class token; ``""``: none.
+        global_pool: ``"avg"``: mean of the patches; ``"token"``: the class token; ``"last"``: the last token;
+            ``""``: none, the head sees every token.
         patch_size: Pixels of the image to one patch, each way.
         embed_dim, depth: Channels and blocks.
-        directions: What each block reads, see ``vssm.scans.local``; one choice for all of them, or one a block.
+        directions: What each block reads, see ``vssm.scans.local``; one choice for all of them, or one a block. None:
+            all eight that were published, weighted, to search among them.
         scan, scan_options: A registered order to read in the place of ``"local"`` and its directions.
         class_token: ``"middle"`` or None.
-        rope: Rotary embedding of the stream before each block.
+        rope: Rotary embedding before each block, of the whole ``"stream"`` or only of what the last ``"block"`` added.
         norm: ``"rms"`` or ``"layer"``.
     """
 
@@ -134,7 +147,7 @@ class LocalVim(Isotropic):
         scan: str = "local",
         scan_options: Mapping[str, Any] | None = None,
         class_token: str | None = None,
-        rope: bool = True,
+        rope: str | None = "stream",
         norm: str = "rms",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -142,9 +155,10 @@ class LocalVim(Isotropic):
         super().__init__()
         check_choice("LocalVim", "class_token", class_token, ("middle", None))
         check_choice("LocalVim", "norm", norm, NORMS)
+        check_choice("LocalVim", "rope", rope, ("stream", "block", None))
         _check_pool(global_pool, class_token)
         if rope and class_token:
-            raise ValueError("LocalVim: rope turns patches only; pass rope=False or class_token=None")
+            raise ValueError("LocalVim: rope turns patches only; pass rope=None or class_token=None")
         self.class_token = class_token
         self.patch_embed = PaddedPatchEmbed(in_chans, embed_dim, patch_size)
         self.grid = self._grid(img_size)
@@ -154,10 +168,12 @@ class LocalVim(Isotropic):
         self.rope = ResizedRotary(embed_dim, self.grid) if rope else None
 
         make_mixer = local_mixers(scan, scan_options, directions, depth, "sequence", class_token=class_token)
-        self.blocks = nn.ModuleList(
-            LocalVimBlock(make_mixer(i, embed_dim), TOKEN_NORMS[norm](embed_dim, eps=EPS), self.rope, rate)
-            for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
-        )
+        self.blocks = nn.ModuleList()
+        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+            turns = {"stream": (True, False), "block": (i == 0, i < depth - 1), None: (False, False)}[rope]
+            turn_in, turn_out = (self.rope if turn else None for turn in turns)
+            block_norm = TOKEN_NORMS[norm](embed_dim, eps=EPS)
+            self.blocks.append(LocalVimBlock(make_mixer(i, embed_dim), block_norm, rate, turn_in, turn_out))
         self.norm = NORMS[norm](embed_dim, eps=EPS)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = linear_head(embed_dim, num_classes)
@@ -196,7 +212,9 @@ class LocalVim(Isotropic):
     def pool(self, x: Tensor) -> Tensor:
         if self.global_pool == "token":
             return self.class_tokens(x)[:, 0]
-        return self.patches(x).mean(1) if self.global_pool == "avg" else x
+        if self.global_pool == "avg":
+            return self.patches(x).mean(1)
+        return x[:, -1] if self.global_pool == "last" else x
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         if global_pool is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vssm.models.keys import Rule, also, rename, reshape
+from vssm.models.keys import Rule, also, drop, rename, reshape
 
 FIRST_RELEASE: list[Rule] = [  # names of the first release, which some files have kept
     also(rename(r"^patch_embed\.proj\.", r"patch_embed.0.")),
@@ -43,6 +43,11 @@ def frame(stages: int = 4) -> list[Rule]:
         rename(r"^classifier\.head\.", r"head.fc."),
         rename(r"^outnorm(\d+)\.", r"out_norms.\1."),
     ]
+
+
+def unread(kept: int, stages: int) -> list[Rule]:
+    """For a backbone that ends with the first ``kept`` of ``stages``: the published one holds the others, unread."""
+    return [*(drop(rf"^layers\.{i}\.") for i in range(kept, stages)), drop(rf"^layers\.{kept - 1}\.downsample\.")]
 
 
 MLLA: list[Rule] = [  # stem, downsampling, blocks and head
