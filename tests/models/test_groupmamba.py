@@ -106,10 +106,27 @@ def test_the_zoo_has_the_published_size(name, count):
         assert sum(p.numel() for p in variant.build().parameters()) == count
 
 
-@pytest.mark.parametrize("kwargs", [{"norm_layer": "BatchNorm2d"}, {"qkv_bias": True}])
+NORM = {"norm_layer": "LayerNorm(eps=1e-6)"}
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"norm_layer": "BatchNorm2d"}, {**NORM, "qkv_bias": True}, {**NORM, "num_stages": 3}]
+)
 def test_what_is_not_covered_says_so(kwargs):
-    with pytest.raises(NotCovered, match=next(iter(kwargs))):
+    with pytest.raises(NotCovered, match=list(kwargs)[-1]):
         published("x.py:GroupMamba", kwargs)
+
+
+def test_published_constructors():
+    """The class has depths, and a norm, that no factory has."""
+    with torch.device("meta"):
+        plain = published("x.py:GroupMamba", NORM).model
+        small = published("x.py:groupmamba_small", {"num_classes": 3, "in_chans": 1}).model
+    assert [len(stage.blocks) for stage in plain.stages] == [3, 4, 6, 3]
+    assert [len(stage.blocks) for stage in small.stages] == [3, 4, 16, 3]
+    assert small.head.fc_dist.weight.shape == (3, 512)
+    with pytest.raises(NotCovered, match="norm_layer='LayerNorm'"):
+        published("x.py:GroupMamba", {})
 
 
 def test_bad_arguments():

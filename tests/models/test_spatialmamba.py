@@ -80,7 +80,7 @@ def test_files_of_one_drive_are_not_cached_under_one_name():
     assert len({w.hf_hub_filename for v in VARIANTS for w in v.weights.values()}) == 3
 
 
-@pytest.mark.parametrize("kwargs", [{"d_state": 2}, {"patch_size": 8}, {"window": 7}])
+@pytest.mark.parametrize("kwargs", [{"d_state": 2}, {"norm_layer": "bn"}, {"window": 7}])
 def test_what_is_not_covered_says_so(kwargs):
     with pytest.raises(NotCovered, match=next(iter(kwargs))):
         published("x.py:SpatialMamba", kwargs)

@@ -30,8 +30,8 @@ from vssm.layers.ssm import decay, ssm_parameters
 from vssm.layers.stem import PatchStem
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
-from vssm.models.keys import Rule, rename
-from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
+from vssm.models.keys import Rule, drop, rename
+from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame, unread
 from vssm.models.variant import Published, Variant, Weights, constructor, translated
 from vssm.scans import scan_shape, to_sequences
 
@@ -228,4 +228,7 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     if name == "EfficientVSSM":
         return Published(EfficientVMamba(**ours), own_keys, run_classifier)
     model = EfficientVMamba(**{**ours, "num_classes": 0})
-    return Published(StageMaps(model, out_indices), own_keys, run_backbone)
+    maps = StageMaps(model, out_indices)
+    kept, depths = len(maps.stages), [len(stage.blocks) for stage in model.stages]
+    left_out = [*unread(kept, len(depths)), drop(rf"^layers\.{kept - 1}\.{depths[kept - 1] + 2}\.")]
+    return Published(maps, [*left_out, *own_keys], run_backbone)

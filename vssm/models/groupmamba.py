@@ -384,19 +384,25 @@ VARIANTS = [
 
 SAME = {"in_chans": "in_chans", "num_classes": "num_classes", "mlp_ratios": "mlp_ratios", "depths": "depths",
         "distillation": "distillation", "stem_hidden_dim": "stem_dim", "embed_dims": "dims"}  # fmt: skip
-UNCHANGED = {"norm_layer": "LayerNorm(eps=1e-6)"}
+UNCHANGED = {"norm_layer": "LayerNorm(eps=1e-6)", "num_stages": 4}
 TRAINING = {"drop_path_rate", "pretrained"}  # do not change what is computed
 
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``GroupMamba`` for those of the published one."""
-    return translated(kwargs, SAME, UNCHANGED, TRAINING)
+    given = {"depths": (3, 4, 6, 3), "norm_layer": "LayerNorm", **kwargs}  # the published defaults, of no model
+    return translated(given, SAME, UNCHANGED, TRAINING)
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
-    """``GroupMamba`` of the published code as our model."""
-    constructor(entry, "GroupMamba")
-    return Published(GroupMamba(**translate(kwargs)), KEYS, _run)
+    """``GroupMamba`` of the published code, or one of its three factories, as our model."""
+    factories = {row.name: row.kwargs for row in VARIANTS if row.weights}
+    name = constructor(entry, "GroupMamba", *factories)
+    if name == "GroupMamba":
+        ours = translate(kwargs)
+    else:
+        ours = {**factories[name], **translated(kwargs, SAME, UNCHANGED, TRAINING)}
+    return Published(GroupMamba(**ours), KEYS, _run)
 
 
 def _run(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

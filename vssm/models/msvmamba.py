@@ -28,7 +28,7 @@ from vssm.layers.stem import ConvStem, PatchStem
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename, reshape, split, stack
-from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
+from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame, unread
 from vssm.models.variant import NotCovered, Published, Variant, Weights, constructor, nothing_left
 from vssm.scans import scan_rows, scan_table, to_grid
 
@@ -385,5 +385,6 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     ours = translate(given, generation)
     if name == "VSSM":
         return Published(MSVMamba(**ours), keys(generation), run_classifier)
-    model = StageMaps(MSVMamba(**{**ours, "num_classes": 0}), out_indices)
-    return Published(model, keys(generation), run_backbone)
+    model = MSVMamba(**{**ours, "num_classes": 0})
+    maps = StageMaps(model, out_indices)
+    return Published(maps, [*unread(len(maps.stages), len(model.stages)), *keys(generation)], run_backbone)

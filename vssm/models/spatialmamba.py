@@ -25,7 +25,7 @@ from vssm.layers.ssm import decay, ssm_parameters
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename, reshape, stack
-from vssm.models.names import MIXER, MLLA
+from vssm.models.names import MIXER, MLLA, unread
 from vssm.models.variant import Published, Variant, Weights, constructor, translated
 
 REPOSITORY = "EdwardChasel/Spatial-Mamba"
@@ -171,9 +171,10 @@ VARIANTS = [
 
 SAME = {"in_chans": "in_chans", "num_classes": "num_classes", "depths": "depths", "dims": "dim",
         "mlp_ratio": "mlp_ratio"}  # fmt: skip
-UNCHANGED = {"patch_size": 4, "d_state": 1}
+UNCHANGED = {"d_state": 1, "norm_layer": "ln"}
 INEFFECTIVE = {  # in training only; or, as published, nothing depends on it
-    "drop_path_rate", "use_checkpoint", "pretrained", "drop_rate", "dt_init",
+    "drop_path_rate", "use_checkpoint", "pretrained", "drop_rate", "attn_drop_rate", "dt_init", "img_size",
+    "patch_size", "patch_norm",
 }  # fmt: skip
 
 
@@ -191,4 +192,5 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     if name == "SpatialMamba":
         return Published(SpatialMamba(**ours), KEYS, run_classifier)
     model = SpatialMamba(**{**ours, "num_classes": 0})
-    return Published(StageMaps(model, out_indices), KEYS, run_backbone)
+    maps = StageMaps(model, out_indices)
+    return Published(maps, [*unread(len(maps.stages), len(model.stages)), *KEYS], run_backbone)

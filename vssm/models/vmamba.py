@@ -35,7 +35,7 @@ from vssm.layers.stem import ConvStem, PatchStem
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, adapted, make_stages, widths
 from vssm.models.keys import Rule, also, drop, rename, reshape
-from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame
+from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame, unread
 from vssm.models.variant import NotCovered, Published, Variant, Weights, constructor, nothing_left
 from vssm.scans import scan_table
 
@@ -437,6 +437,5 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     if name == "VSSM":
         return Published(model, own_keys, run_classifier)
     maps = StageMaps(model, out_indices, norm=type(model.norm))
-    unread = [rf"^layers\.{i}\." for i in range(len(maps.stages), len(model.stages))]
-    unread += [rf"^layers\.{len(maps.stages) - 1}\.downsample\.", r"^pos_embed$"]
-    return Published(maps, [*map(drop, unread), *own_keys], run_backbone)
+    left_out = [*unread(len(maps.stages), len(model.stages)), drop(r"^pos_embed$")]
+    return Published(maps, [*left_out, *own_keys], run_backbone)

@@ -24,7 +24,7 @@ from vssm.layers.ssm import decay, dt_bias_
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename
-from vssm.models.names import MLLA
+from vssm.models.names import MLLA, unread
 from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
 
 REPOSITORY = "YuHengsss/VSSD"
@@ -218,4 +218,6 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     ours = translate(given)
     if name == "VMAMBA2":
         return Published(VSSD(**ours), KEYS, run_classifier)
-    return Published(StageMaps(VSSD(**{**ours, "num_classes": 0}), out_indices), KEYS, run_backbone)
+    model = VSSD(**{**ours, "num_classes": 0})
+    maps = StageMaps(model, out_indices)
+    return Published(maps, [*unread(len(maps.stages), len(model.stages)), *KEYS], run_backbone)
