@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -106,17 +107,63 @@ def test_predictions_are_written_in_the_order_of_the_files(run, tmp_path):
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
 
 
+def test_fit_says_where_its_results_are(tmp_path, capsys):
+    config = small_config(image_folder(tmp_path / "data"))
+    config["trainer"]["max_epochs"] = 1
+    assert main(["fit", "--config", write_config(tmp_path / "small.yaml", config)]) == 0
+    *_, folder, score = capsys.readouterr().out.splitlines()
+    assert folder == f"run folder {tmp_path / 'runs' / 'version_0'}"
+    assert re.fullmatch(r"last validation accuracy [01]\.\d{4}", score)
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_evaluation_without_weights_is_refused(run, command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--config", run[1], "--data.init_args.predict=."])
+    assert f"{command} needs trained weights, got none: give --ckpt_path best" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--data.init_args.root=nowhere"], "error: ImageFolder: nowhere/train must be a folder of classes"),
+    (["--model.init_args.num_classes=3"], "error: Classification: num_classes must be the number of classes in the da"),
+    (["--data.init_args.pixels.in_chans=1"], "must take images of 1 channels, as data.init_args.pixels.in_chans says"),
+    (["--ckpt_path=best", "--model.init_args.model_kwargs.patch_size=8"], "the network must be that of the checkpoint"),
+])
+def test_what_data_and_checkpoints_refuse_is_said_in_one_line(run, arguments, said, capsys):
+    assert main(["fit", "--config", run[1], *arguments]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_a_checkpoint_of_another_network_is_told_by_its_arguments(run, capsys):
+    assert main(["test", "--config", run[1], "--ckpt_path=best", "--model.init_args.model=test_vit2"]) == 1
+    assert "model was test_vit, got test_vit2; use the config.yaml of the run" in capsys.readouterr().err
+
+
+def test_a_file_of_weights_is_no_checkpoint_of_a_run(run, tmp_path, capsys):
+    torch.save({"model": {}}, tmp_path / "published.pth")
+    assert main(["test", "--config", run[1], f"--ckpt_path={tmp_path / 'published.pth'}"]) == 1
+    assert "must be a checkpoint of a run, got a file with model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("argument", "said"), [
     ("--model.init_args.optimiser.lr=1", "optimiser"),
     ("--model.init_args.optimizer.lr=fast", "fast"),
     ("--data.init_args.loader.batch=1", "batch"),
     ("--trainer.epochs=1", "epochs"),
     ("--ckpt_path=nothing.ckpt", "nothing.ckpt must be a checkpoint file"),
+    ("--model.init_args.optimizer.name=adamww", "no optimizer named 'adamww'; did you mean"),
+    ("--model.init_args.num_classes=1", "num_classes must be 2 or more, got 1"),
+    ("--model.init_args.checkpoint_path=nothing.pth", "error: read_checkpoint: no file nothing.pth"),
+    ("--trainer.strategy=ddp_spawnn", "error: You selected an invalid strategy name"),
 ])
 def test_a_wrong_key_or_value_is_refused_by_name(run, argument, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", run[1], argument])
-    assert said in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) < 12  # no usage, no traceback
 
 
 def test_a_wrong_key_in_a_file_is_refused_by_name(run, tmp_path, capsys):
@@ -129,6 +176,7 @@ def test_a_wrong_key_in_a_file_is_refused_by_name(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(("argument", "said"), [
     ("--model.init_args.model=vmamba_tinny", "vmamba_tinny"),
+    ("--model.init_args.model=umamba_nano", "umamba_nano is for segmentation"),
     ("--model.init_args.model_kwargs.drop_paths=0.1", "drop_paths"),
 ])
 def test_a_model_that_does_not_exist_is_refused_by_name(run, argument, said, capsys):

@@ -93,7 +93,7 @@ def test_the_rate_falls_in_other_shapes(schedule, expected):
 
 def test_epochs_of_decay_belong_to_steps():
     for options in ({"shape": "steps"}, {"decay_epochs": (3,)}):
-        with pytest.raises(ValueError, match="Schedule: decay_epochs belong to shape 'steps'"):
+        with pytest.raises(ValueError, match="Schedule: decay_epochs must be given with shape 'steps'"):
             Schedule(**options)
 
 

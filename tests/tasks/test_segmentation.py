@@ -280,7 +280,7 @@ def test_data_that_do_not_fit_the_task_are_refused(data, tmp_path):
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"model": "segmambba"}, "no segmenter named 'segmambba'; did you mean segmamba"),
-    ({"model": "vmamba_tiny"}, "no segmenter named 'vmamba_tiny'"),
+    ({"model": "vmamba_tiny"}, "Segmentation: vmamba_tiny is for classification"),
     ({"model": "test_segmamba", "model_kwargs": {"dephts": 1}}, "model_kwargs do not fit test_segmamba"),
     ({"model": "test_segmamba", "model_kwargs": {"in_channels": 1}}, "in_channels stand beside model_kwargs"),
     ({"model": nn.Identity(), "pretrained": True}, "for models given by name, got a Identity"),

@@ -11,19 +11,23 @@ single keys. Under torchrun or SLURM the same commands run on several GPUs or ho
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from vssm.tasks.finite import NonFiniteLoss
 from vssm.tasks.report import PredictionWriter, RunReport
 from vssm.tasks.saving import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, RandomState
 
@@ -33,7 +37,9 @@ EXPECTED = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning 2.6 with torch 2.14
     r".*Checkpoint directory .* exists and is not empty",  # of a run that is resumed
     r".*get_mask_edges:always_return_as_numpy",  # monai 1.6 to itself
+    r"Precision .* is not supported by the model summary",
 )
+SOURCES = str(Path(__file__).resolve().parent.parent)
 
 
 class StrictParser(LightningArgumentParser):
@@ -41,6 +47,17 @@ class StrictParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def print_usage(self, *args: Any, **kwargs: Any) -> None:
+        """Print nothing before an error: it would be lost below a hundred options. The line after it names --help."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Of a class and its arguments, say what is wrong with them and no more."""
+        inner = re.search(r"\n *Errors:\n(.*?)\n *- Expected a <class 'NoneType'>", message, re.DOTALL)
+        if inner is not None:
+            message = message.partition("\n")[0] + "\n" + inner[1]
+        super().error(message, ex)
+        raise SystemExit(2)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -57,7 +74,8 @@ class TrainCLI(LightningCLI):
 
     A run folder is ``trainer.default_root_dir/version_N`` (``runs/NAME/version_N``, NAME being that of the config
     file). ``fit`` makes a new one, unless ``--ckpt_path`` names a checkpoint of an old one, which then goes on.
-    ``--ckpt_path last`` and ``best`` are those of the run whose ``config.yaml`` is given, else of the newest run.
+    ``--ckpt_path last`` and ``best`` are those of the run whose ``config.yaml`` is given, else of the newest run that
+    saved any.
     """
 
     def __init__(self, argv: Sequence[str] | None):
@@ -71,6 +89,7 @@ class TrainCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_class=StrictParser,
+            parser_kwargs={"prog": "vssm train", "description": __doc__.partition("\n")[0]},
             args=None if argv is None else list(argv),
         )
 
@@ -126,9 +145,15 @@ class TrainCLI(LightningCLI):
             if not Path(checkpoint).is_file():
                 self.parser.error(f"--ckpt_path: {checkpoint} must be a checkpoint file, last or best, found no file")
             self.run_folder = _run_of(Path(checkpoint))
+        elif self.subcommand != "fit" and _untrained(config.model):
+            self.parser.error(
+                f"{self.subcommand} needs trained weights, got none: give --ckpt_path best, last or FILE of a run or, "
+                "where the task has weights for its whole model, --model.init_args.pretrained true or "
+                "--model.init_args.checkpoint_path FILE"
+            )
 
     def _checkpoint(self, name: str, root: Path) -> Path:
-        file = self.run_folder / "checkpoints" / f"{name}.ckpt" if self.run_folder else root / "version_*"
+        file = self.run_folder / "checkpoints" / f"{name}.ckpt" if self.run_folder else root / "version_*/checkpoints"
         if not file.is_file():
             self.parser.error(f"--ckpt_path {name}: {file} must exist, found no such checkpoint; run fit first")
         return file
@@ -137,11 +162,13 @@ class TrainCLI(LightningCLI):
         """A value that a class refuses is an error of the configuration, said in one line."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (ValueError, OSError, ImportError) as error:
             refused = _refusal(error)
             if refused is None:
                 raise
             self.parser.error(str(refused))
+        except MisconfigurationException as error:  # Lightning's: no such accelerator, more devices than there are, …
+            self.parser.error(f"trainer: {error}")
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         trainer = self.config_init[self.subcommand].trainer
@@ -149,7 +176,8 @@ class TrainCLI(LightningCLI):
         if trainer.logger in (None, True):
             version = self.run_folder.name if resumed and self.run_folder else None
             root = self.run_folder.parent if version else Path(trainer.default_root_dir)
-            kwargs["logger"] = TensorBoardLogger(root, name="", version=version)
+            number = re.fullmatch(r"version_(\d+)", version or "")  # as which the progress bar shows it
+            kwargs["logger"] = TensorBoardLogger(root, name="", version=int(number[1]) if number else version)
         kwargs["plugins"] = [*_as_list(trainer.plugins), AtomicCheckpointIO()]
         rates = [LearningRateMonitor("step")] if self.subcommand == "fit" and trainer.logger is not False else []
         kwargs["callbacks"] = [*_as_list(trainer.callbacks), RandomState(), *rates]
@@ -158,8 +186,12 @@ class TrainCLI(LightningCLI):
     # ---- after the commands ----
 
     def after_fit(self) -> None:
+        if self.trainer.fast_dev_run:
+            return
         name = self.config[self.subcommand].test_after_fit
-        if name and not self.trainer.fast_dev_run:
+        if not name:
+            self._say("val", "last validation")
+        else:
             file = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints" / f"{name}.ckpt"
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(file), verbose=False)
             self.after_test()
@@ -169,6 +201,10 @@ class TrainCLI(LightningCLI):
 
     def after_validate(self) -> None:
         self._say("val", "validation")
+
+    def after_predict(self) -> None:
+        if self.trainer.is_global_zero:
+            print(f"predictions {self.config[self.subcommand].predictions.path}", flush=True)
 
     def _say(self, split: str, name: str | None = None) -> None:
         folder = self.trainer.log_dir  # asks all processes
@@ -183,18 +219,36 @@ def _as_list(value: object) -> list:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _refusal(error: ValueError) -> ValueError | None:
+def _untrained(model: Any) -> bool:
+    """Whether a model of the zoo would be evaluated as it was initialised; a module of one's own may load weights."""
+    given = model.get("init_args") or {}
+    if isinstance(given.get("detector"), str):
+        return True  # its pretrained and checkpoint_path are those of the backbone
+    return isinstance(given.get("model"), str) and not (given.get("pretrained") or given.get("checkpoint_path"))
+
+
+def _refusal(error: Exception) -> Exception | None:
     """The error below those that jsonargparse wraps around it; None where a class failed in another way."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, ValueError) and not str(link).startswith("Does not validate against"):
             return link
+        if isinstance(link, (OSError, ImportError)) and _said_here(link):
+            return link
         link = link.__cause__ or link.__context__
     return None
 
 
+def _said_here(error: BaseException) -> bool:
+    """Whether vssm raised the error for the caller to read, ``who: what must hold, …``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(SOURCES) and re.match(r"[\w-]+: ", str(error)) is not None
+
+
 def _newest_run(root: Path) -> Path | None:
-    runs = [path for path in root.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]
+    """The newest run that saved something; one that ended before left a folder as well."""
+    saved = [path.parent for path in root.glob("version_*/checkpoints")]
+    runs = [path for path in saved if re.fullmatch(r"version_\d+", path.name)]
     return max(runs, key=lambda path: int(path.name.removeprefix("version_")), default=None)
 
 
@@ -204,9 +258,23 @@ def _run_of(checkpoint: Path) -> Path | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``; return 0, or leave with status 2 on a bad argument."""
+    """Run ``fit``, ``validate``, ``test`` or ``predict``; return 0, or leave with status 2 on a bad argument.
+
+    What the data, the task or a checkpoint refuse is said in one line, too, with status 1.
+    """
     with warnings.catch_warnings():
         for message in EXPECTED:
             warnings.filterwarnings("ignore", message=message)
-        TrainCLI(sys.argv[1:] if argv is None else argv)
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+        try:
+            TrainCLI(sys.argv[1:] if argv is None else argv)
+        except (ValueError, OSError, ImportError, NonFiniteLoss) as error:
+            if not _said_here(error):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     return 0
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()

@@ -18,6 +18,11 @@ from vssm.tasks.random_state import get_random_state, set_random_state
 from vssm.tasks.saving import AveragedWeights, ScheduleFreeAverage, WeightAverage
 
 T = TypeVar("T")
+NETWORK = (
+    "model", "model_kwargs", "num_classes", "in_channels", "out_channels", "detector", "backbone", "pyramid",
+    "backbone_kwargs", "detector_kwargs"
+)  # fmt: skip
+"""Arguments of tasks that make the network what it is."""
 
 
 class Task(LightningModule):
@@ -172,6 +177,7 @@ class Task(LightningModule):
         arguments.update({name: asdict(cast(Any, value)) for name, value in values.items()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_network(checkpoint)
         trained = checkpoint.get("class_names", self.class_names)
         data = getattr(self._trainer, "datamodule", None)
         if getattr(data, "class_names", trained) not in ([], trained):
@@ -181,6 +187,22 @@ class Task(LightningModule):
                 f"got {found}, …; keep a train folder with all classes beside the one that is tested"
             )
         self.class_names = trained
+
+    def _check_network(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another network in the words of the configuration, before tensors are compared."""
+        saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        own = {name: value.shape for name, value in self.state_dict().items()}
+        if saved == own:
+            return
+        then, now = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}), dict(self.hparams)
+        differ = [name for name in NETWORK if name in then and name in now and then[name] != now[name]]
+        said = "; ".join(f"{name} was {then[name]}, got {now[name]}" for name in differ)
+        keys = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
+        raise ValueError(
+            f"{type(self).__name__}: the network must be that of the checkpoint, {len(keys)} tensors differ "
+            f"({', '.join(keys[:3])}, …){'; ' * bool(said)}{said}; use the config.yaml of the run, or start anew from "
+            "its weights with --model.init_args.checkpoint_path FILE"
+        )
 
 
 def settings(kind: type[T], value: T | dict[str, Any]) -> T:

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from vssm.checkpoints import load_weights
+from vssm.registries.zoo import find, list_models
 from vssm.tasks.base import settings
 from vssm.tasks.distillation import Distillation, Mesa, predictions
 from vssm.tasks.optimizer import Optimizer, Schedule
@@ -121,6 +122,13 @@ class Classification(ScoredTask):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        pixels = getattr(self.trainer.datamodule, "pixels", None)
+        in_chans = (self.hparams.get("model_kwargs") or {}).get("in_chans", 3)
+        if isinstance(self.hparams.get("model"), str) and pixels is not None and pixels.in_chans != in_chans:
+            raise ValueError(
+                f"Classification: the model must take images of {pixels.in_chans} channels, as data.init_args.pixels."
+                f"in_chans says, got {in_chans}; set model.init_args.model_kwargs.in_chans={pixels.in_chans}"
+            )
         if stage == "fit" and self.mixup is not None and (size := self.trainer.datamodule.loader.batch_size) % 2:
             raise ValueError(
                 f"Classification: mixup pairs the images of a batch, so loader.batch_size must be even, got {size}"
@@ -183,7 +191,11 @@ def _build(model: str | nn.Module, num_classes: int, pretrained: bool, kwargs: d
         return model
     if "num_classes" in kwargs or "pretrained" in kwargs:
         raise ValueError("Classification: num_classes and pretrained stand beside model_kwargs, got them inside it")
+    if num_classes < 2:
+        raise ValueError(f"Classification: num_classes must be 2 or more, got {num_classes}")
     if ":" not in model and not timm.is_model(model):  # hf-hub:…, local-dir:… are looked up by timm
+        if model in list_models():
+            raise ValueError(f"Classification: {model} is for {find(model).task}; set model.class_path to that task")
         near = difflib.get_close_matches(model, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`vssm models` and timm.list_models() name them"
         raise ValueError(f"Classification: no model named {model!r}; {hint}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -48,6 +49,11 @@ class Optimizer:
     layer_decay: float | None = None
 
     def __post_init__(self) -> None:
+        base = self.name.lower().rpartition("_")[2]  # as timm reads lookahead_adamw
+        if not self.schedule_free and base not in (known := list_optimizers()):
+            near = difflib.get_close_matches(self.name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "timm.optim.list_optimizers() names them"
+            raise ValueError(f"Optimizer: no optimizer named {self.name!r}; {hint}")
         if self.ssm_decay == "all" and self.layer_decay is not None:
             raise ValueError("Optimizer: ssm_decay 'all' makes one group of all parameters, layer_decay one a layer")
 
@@ -104,8 +110,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if (self.shape == "steps") != bool(self.decay_epochs):
             raise ValueError(
-                f"Schedule: decay_epochs belong to shape 'steps', and it to them, got {self.shape!r} and "
-                f"{self.decay_epochs}"
+                f"Schedule: decay_epochs must be given with shape 'steps' and with no other, got {self.shape!r} and "
+                f"{list(self.decay_epochs)}"
             )
 
     def build(self, optimizer: torch.optim.Optimizer, steps: int, epochs: float) -> Scheduler:

@@ -25,6 +25,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with written_whole(path) as file:
             torch.save(checkpoint, file)
 
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(path, *args, **kwargs)
+        if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+            found = ", ".join(map(str, list(checkpoint)[:5])) if isinstance(checkpoint, dict) else type(checkpoint)
+            raise ValueError(
+                f"--ckpt_path: {path} must be a checkpoint of a run, got a file with {found}; published weights and "
+                "others are read by --model.init_args.checkpoint_path FILE"
+            )
+        return checkpoint
+
 
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's ``ModelCheckpoint``; ``monitor`` None is the score that the task declares (``Task.score``)."""

@@ -19,7 +19,7 @@ from vssm.checkpoints import load_encoder, load_weights
 from vssm.data.preparation import Preparation
 from vssm.data.volume_files import IMAGE_SUFFIXES, read_volume, suffix_of, write_label
 from vssm.data.volumes import Scan
-from vssm.registries.zoo import create_model, list_models
+from vssm.registries.zoo import create_model, find, list_models
 from vssm.tasks.base import Task, settings
 from vssm.tasks.case_report import CaseReport, Picture
 from vssm.tasks.losses import Loss, deep_supervision
@@ -356,6 +356,9 @@ def _build(
         raise ValueError(f"Segmentation: {', '.join(sorted(beside))} stand beside model_kwargs, got them inside it")
     known = list_models(task="segmentation")
     if model.partition(".")[0] not in known:
+        if model in list_models():
+            task = find(model).task
+            raise ValueError(f"Segmentation: {model} is for {task}; `vssm models --task segmentation` names segmenters")
         near = difflib.get_close_matches(model, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`vssm models` names them"
         raise ValueError(f"Segmentation: no segmenter named {model!r}; {hint}")
