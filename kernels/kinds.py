@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vssm.kernels.backends import choose, forced
 from vssm.kernels.operands import Facts
@@ -30,7 +31,7 @@ class Rules(NamedTuple):
 
 
 class Kind:
-    """Calls whose operands agree in shapes, strides, dtypes, devices and wish for gradients, and whose options agree.
+    """Calls whose operands agree in shapes, strides, dtypes and devices, whose options agree, and all or none recorded.
 
     A model calls with few kinds, again and again: what depends on the kind alone is found once.
 
@@ -40,13 +41,20 @@ class Kind:
         same: For each further table whether it is the first one.
         options: The rest of the problem.
         backend: The one asked for by name, or None.
+        save: Whether a backward pass may follow.
 
     Raises:
         ValueError: If operands do not fit one another, or the backend cannot run.
     """
 
     def __init__(
-        self, rules: Rules, operands: Operands, same: tuple[bool, ...], options: tuple[Any, ...], backend: str | None
+        self,
+        rules: Rules,
+        operands: Operands,
+        same: tuple[bool, ...],
+        options: tuple[Any, ...],
+        backend: str | None,
+        save: bool,
     ) -> None:
         first = operands[0]
         facts = [None if x is None else Facts(x.shape, x.dtype, x.device) for x in operands]
@@ -54,7 +62,7 @@ class Kind:
         self.checked = rules.check(facts, same)
         self.dtypes = rules.dtypes(operands)
         self.backend = chosen(rules.op, first.device, self.dtypes[0] or first.dtype, backend)
-        self.save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+        self.save = save
         self.one_table = all(same)
         self.shortcuts: dict[Any, Any] = {}  # of the Triton backend, to launches
         with torch.no_grad():
@@ -85,10 +93,17 @@ class Kind:
 
 
 def kind_of(
-    rules: Rules, operands: Operands, same: tuple[bool, ...], options: tuple[Any, ...], backend: str | None
+    rules: Rules,
+    operands: Operands,
+    same: tuple[bool, ...],
+    options: tuple[Any, ...],
+    backend: str | None,
+    save: bool | None = None,
 ) -> Kind:
-    """The kind of a call, whose operands are checked if it is new."""
+    """The kind of a call, whose operands are checked if it is new; ``save`` is found out if it is None."""
     kind = operands[0].device.type
+    if save is None:
+        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     distinct = operands if False in same else (*operands[: rules.first], *operands[rules.last :])
     key = (
         rules.op,
@@ -97,12 +112,12 @@ def kind_of(
         backend,
         forced.get(),
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
-        torch.is_grad_enabled(),
-        *[None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in distinct],
+        save,
+        *[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in distinct],
     )
     found = _kinds.get(key)
     if found is None:
-        found = Kind(rules, operands, same, options, backend)
+        found = Kind(rules, operands, same, options, backend, save)
         if len(_kinds) >= MOST:
             _kinds.clear()
         _kinds[key] = found
@@ -155,3 +170,13 @@ def recording(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         return function.apply(*args) if torch._C._are_functorch_transforms_active() else apply(*args)
 
     return record
+
+
+def once(gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """``once_differentiable``, without what it costs where no graph of the backward pass is recorded."""
+    refusing = once_differentiable(gradients)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return (refusing if torch.is_grad_enabled() else gradients)(ctx, *grads)
+
+    return backward

@@ -288,7 +288,7 @@ def sum_by_cell(
     )  # fmt: skip
 
 
-def parameter_grads(parts: Tensor, parameters: tuple[Tensor, Tensor | None, Tensor | None]) -> list[Tensor | None]:
+def parameter_grads(parts: Tensor, parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of A (k?, d, n), D and delta_bias (k?, d), from their parts, (…, k, n + 2, d), in this order."""
     *pieces, k, rows, d = parts.shape
     grads = [None if x is None else empty(x.shape, x.dtype, x.device) for x in parameters]

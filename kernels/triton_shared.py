@@ -274,8 +274,8 @@ def sum_parameters(
             inside = (i < count)[:, None] & (channel < d)[None, :]
             total += tl.sum(tl.load(parts + (line[:, None] * d + channel[None, :]), mask=inside, other=0.0), 0)
         at = k * d + channel
-        if s < n:
-            tl.store(dA + (at * n + s), total, mask=channel < d)
+        if dA is not None:
+            tl.store(dA + (at * n + s), total, mask=(channel < d) & (s < n))
         if dD is not None:
             tl.store(dD + at, total, mask=(channel < d) & (s == n))
         if dbias is not None:

@@ -12,12 +12,15 @@ rows. Sums over rows are partial sums of programs, of chunks that the size alone
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vssm.kernels.triton_launch import cdiv, launch, on, power_of_2
+from vssm.kernels.triton_launch import cdiv, launch, on, parameter_grads, power_of_2
+from vssm.kernels.triton_replay import empty, replayed
 
 PROGRAMS = 1024  # that sum over rows, at most
 
@@ -80,35 +83,46 @@ def gradients(
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    """y (rows, c), contiguous, in ``dtype``; RMS norm if there is no bias. ``x`` is contiguous."""
-    rows, c = x.shape
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    block_r, block_c, warps = _tile(c, 4096)
+    """y, contiguous, in ``dtype``; RMS norm if there is no bias. ``x`` is contiguous."""
     with on(x.device):
-        launch(
-            normalise, cdiv(rows, block_r), (x, weight, bias, y, rows),
-            dict(C=c, EPS=eps, RMS=bias is None, BLOCK_R=block_r, BLOCK_C=block_c), warps,
+        (y,) = replayed(
+            lambda: _forward(x, weight, bias, eps, dtype), (x, weight, bias), ("normalise", eps, dtype)
         )  # fmt: skip
     return y
 
 
-def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rms: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, in its dtype, and of weight and bias, float32. ``grad`` and ``x`` are contiguous."""
-    rows, c = x.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> list[Tensor | None]:
+    c = x.shape[-1]
+    rows, y = x.numel() // c, empty(x.shape, dtype, x.device)
+    block_r, block_c, warps = _tile(c, 4096)
+    launch(
+        normalise, cdiv(rows, block_r), (x, weight, bias, y, rows),
+        dict(C=c, EPS=eps, RMS=bias is None, BLOCK_R=block_r, BLOCK_C=block_c), warps,
+    )  # fmt: skip
+    return [y]
+
+
+def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Sequence[Tensor | None]:
+    """Gradients of x, weight and bias, in their dtypes. ``grad`` and ``x`` are contiguous."""
+    with on(x.device):
+        return replayed(
+            lambda: _backward(grad, x, weight, bias, eps), (grad, x, weight, bias), ("norm's gradients", eps)
+        )  # fmt: skip
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> list[Tensor | None]:
+    c = x.shape[-1]
+    rows, dx = x.numel() // c, empty(x.shape, x.dtype, x.device)
     block_r, block_c, warps = _tile(c, 2048)
     chunk = cdiv(cdiv(rows, PROGRAMS), block_r) * block_r
     programs = cdiv(rows, chunk)
-    parts = torch.empty((programs, 2, c), dtype=torch.float32, device=x.device)
-    with on(x.device):
-        launch(
-            gradients, programs, (x, weight, grad, dx, parts, rows, chunk),
-            dict(C=c, EPS=eps, RMS=rms, BLOCK_R=block_r, BLOCK_C=block_c), warps,
-        )  # fmt: skip
-    to_weight, to_bias = parts.sum(0)
-    return dx, to_weight, None if rms else to_bias
+    parts = empty((programs, 1, 2, c), torch.float32, x.device)
+    launch(
+        gradients, programs, (x, weight, grad, dx, parts, rows, chunk),
+        dict(C=c, EPS=eps, RMS=bias is None, BLOCK_R=block_r, BLOCK_C=block_c), warps,
+    )  # fmt: skip
+    _, dweight, dbias = parameter_grads(parts, (None, weight, bias))
+    return [dx, dweight, dbias]
 
 
 def _tile(c: int, elements: int) -> tuple[int, int, int]:

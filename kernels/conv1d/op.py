@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vssm.kernels.backends import implementation, traced
 from vssm.kernels.checks import match
@@ -26,6 +25,7 @@ from vssm.kernels.kinds import (
     decided,
     kind_of,
     layouts,
+    once,
     recording,
 )
 from vssm.kernels.operands import check_cells, check_kinds, dense, fleeting, index_or_steps
@@ -202,26 +202,22 @@ class _CausalConv1d(torch.autograd.Function):
         return y, last_state
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, grad_y, grad_last)
+        operands, kind = ctx.saved_tensors, ctx.kind
+        # Hooks on saved tensors may bring them back in other layouts.
+        same = layouts(operands) == kind.saved_layouts
+        grads = None
+        if same and kind.shortcuts and grad_y is not None:
+            tensors = (*operands, dense(grad_y), dense(grad_last))
+            grads = implementation("conv1d", "triton").backward_again(kind, tensors)
+        if grads is None:
+            p = kind.problem(operands)
+            grads = _backward(p, grad_y, grad_last, kind.backend, kind if same else None)
+        x, weight, bias, initial_state = grads
+        return None, x, weight, bias, None, None, initial_state
 
 
-def _gradients(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-    operands, kind = ctx.saved_tensors, ctx.kind
-    # Hooks on saved tensors may bring them back in other layouts.
-    same = layouts(operands) == kind.saved_layouts
-    grads = None
-    if same and kind.shortcuts and grad_y is not None:
-        tensors = (*operands, dense(grad_y), dense(grad_last))
-        grads = implementation("conv1d", "triton").backward_again(kind, tensors)
-    if grads is None:
-        p = kind.problem(operands)
-        grads = _backward(p, grad_y, grad_last, kind.backend, kind if same else None)
-    x, weight, bias, initial_state = grads
-    return None, x, weight, bias, None, None, initial_state
-
-
-_gradients_once = once_differentiable(_gradients)
 _apply = recording(_CausalConv1d)
 
 

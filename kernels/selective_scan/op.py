@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vssm.kernels.backends import implementation, traced
-from vssm.kernels.kinds import Kind, Operands, decided, kind_of, layouts, recording
+from vssm.kernels.kinds import Kind, Operands, decided, kind_of, layouts, once, recording
 from vssm.kernels.operands import check_cells, dense, fleeting, index_or_steps
 from vssm.kernels.selective_scan import reference
 from vssm.kernels.selective_scan.problem import Problem
@@ -109,6 +108,21 @@ def selective_scan(
     return y, last_state
 
 
+def recorded(operands: Operands, options: tuple[bool, bool, bool]) -> tuple[Tensor, Kind, Sequence[Tensor | None]]:
+    """y, and what :func:`gradients` wants to know, for who runs the scan within an ``autograd.Function`` of his own.
+
+    Args:
+        operands: Those of a :class:`Problem`, not traced.
+        options: ``delta_softplus``, ``merge``, ``revisits``.
+    """
+    table = operands[8]
+    same = (operands[9] is table, operands[10] is table)
+    kind = kind_of(RULES, operands, same, options, None, save=True)
+    saved = kind.saved(operands if kind.as_given else kind.cleaned(operands))
+    y, _, states, ungated = _forward_again(kind, saved)
+    return y, kind, (*saved, states, ungated)
+
+
 def _traced(
     operands: Operands, same: tuple[bool, bool], options: tuple[bool, bool, bool], backend: str | None
 ) -> tuple[Tensor, Tensor]:
@@ -185,27 +199,33 @@ class _SelectiveScan(torch.autograd.Function):
         return y, last_state
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, grad_y, grad_last)
+        grads = gradients(ctx.kind, ctx.saved_tensors, grad_y, grad_last, ctx.needs_input_grad[1:])
+        u, delta, A, B, C, D, z, delta_bias, initial_state = grads
+        return None, u, delta, A, B, C, D, z, delta_bias, None, None, None, initial_state
 
 
-def _gradients(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-    *operands, states, ungated = ctx.saved_tensors
-    kind, needed = ctx.kind, ctx.needs_input_grad[1:]
+def gradients(
+    kind: Kind,
+    saved: Sequence[Any],
+    grad_y: Tensor | None,
+    grad_last: Tensor | None = None,
+    needed: tuple[bool, ...] = (True,) * 12,
+) -> Sequence[Tensor | None]:
+    """Gradients of OPERANDS from what was saved: operands as ``kind.saved`` leaves them, states, y before the gate."""
+    *operands, states, ungated = saved
     # Hooks on saved tensors may bring them back in other layouts.
     same = layouts(operands) == kind.saved_layouts
-    grads = None
     if same and kind.shortcuts and grad_y is not None:
         tensors = (*operands, dense(grad_y), dense(grad_last), states)
         grads = implementation("selective_scan", "triton").backward_again(kind, tensors, needed)
-    if grads is None:
-        p = kind.problem(operands)
-        grads = _backward(p, grad_y, grad_last, states, ungated, kind.backend, kind if same else None, needed)
-    u, delta, A, B, C, D, z, delta_bias, initial_state = grads
-    return None, u, delta, A, B, C, D, z, delta_bias, None, None, None, initial_state
+        if grads is not None:
+            return grads
+    p = kind.problem(operands)
+    return _backward(p, grad_y, grad_last, states, ungated, kind.backend, kind if same else None, needed)
 
 
-_gradients_once = once_differentiable(_gradients)
 _apply = recording(_SelectiveScan)
 
 

@@ -28,7 +28,7 @@ for rows, c, rms, dtype in CASES:
         leaves.append(bias.double().requires_grad_())
         expected = F.layer_norm(leaves[0], (c,), leaves[1], leaves[2], 1e-5)
     y = triton.forward(x, weight, bias, 1e-5, torch.float32)
-    actual = [y, *(g for g in triton.backward(grad, x, weight, rms, 1e-5) if g is not None)]
+    actual = [y, *(g for g in triton.backward(grad, x, weight, bias, 1e-5) if g is not None)]
     wanted = [expected, *torch.autograd.grad(expected, leaves, grad.double())]
     assert len(actual) == len(wanted)
     for a, b in zip(actual, wanted):

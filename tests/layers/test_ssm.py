@@ -8,6 +8,7 @@ import pytest
 import torch
 from tolerance import TOLERANCE, error
 
+from vssm.layers import again
 from vssm.layers import ssm as module
 from vssm.layers.ssm import DT_MAX, DT_MIN, SelectiveSSM, decay, ssm_parameters
 from vssm.scans import scan_table
@@ -47,6 +48,44 @@ def test_rows_choose_parameters():
     u, table = torch.randn(2, 15, 6, dtype=torch.double), scan_table("cross", (3, 5))
     halves = [ssm(u, table[half], rows=half) for half in (slice(0, 2), slice(2, 4))]
     assert error(sum(halves), ssm(u, table)) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("options", [{}, {"merge": None}, {"write": "steps"}], ids=str)
+@pytest.mark.parametrize(("sets", "per_row"), [(4, False), (4, True), (1, False)])
+def test_gradients_are_those_of_its_operations(sets, per_row, options, half, monkeypatch):
+    """As one node of the graph, which makes its input again, and by operations, as compilers see it: bit for bit."""
+    ssm = SelectiveSSM(6, 4, d_state=3, dt_rank=2, per_row=per_row, shared=sets == 1)
+    table = scan_table("cross", (3, 5))
+    x = torch.randn(2, 4, 15, 6) if per_row else torch.randn(2, 15, 6)
+    z = None if "merge" in options else torch.randn(2, 15, 6, requires_grad=True)
+    x.requires_grad_()
+    silu, results = torch.nn.functional.silu, []
+    for alone in (True, False):
+        monkeypatch.setattr(again, "free", lambda alone=alone: alone)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = ssm(silu(x), table, z, origin=(silu, [x]), **options)
+        leaves = [x, *([] if z is None else [z]), *ssm.parameters()]
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_keeps_neither_its_input_nor_the_step_sizes():
+    """What is as large as they are is what the input was made from."""
+    ssm, table = SelectiveSSM(6, 4, d_state=3, dt_rank=2), scan_table("cross", (3, 5))
+    x = torch.randn(2, 15, 6, requires_grad=True)
+    y = ssm(x.sigmoid(), table, origin=(torch.sigmoid, [x]))
+    large = [t for t in y.grad_fn.saved_tensors if t is not None and t.shape[-2:] == (15, 6)]
+    assert {t.data_ptr() for t in large} == {x.data_ptr()}
+
+
+def test_refuses_what_changed_since_the_forward_pass():
+    ssm, table = SelectiveSSM(6, 4, d_state=3, dt_rank=2), scan_table("cross", (3, 5))
+    x = torch.randn(2, 15, 6, requires_grad=True) * 1
+    y = ssm(x.sigmoid(), table, origin=(torch.sigmoid, [x]))
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_starts_as_mamba_does():

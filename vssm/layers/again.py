@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class MadeAgain:
         return x
 
     def __enter__(self) -> MadeAgain:
-        if _free():
+        if free():
             self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
             self._hooks.__enter__()
         return self
@@ -64,9 +65,9 @@ class _Recipe:
     """A tensor that is made once for all who ask for it in one backward pass."""
 
     def __init__(self, make: Make, inputs: tuple[Tensor, ...], device: str):
-        self.make, self.inputs, self.device = make, tuple(x.detach() for x in inputs), device
+        self.make, self.inputs = make, tuple(x.detach() for x in inputs)
         self.versions = [x._version for x in inputs]
-        self.autocast, self.dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self.autocast = autocast_now(device)
         self.asked = self.served = 0
         self.made: Tensor | None = None
 
@@ -75,7 +76,7 @@ class _Recipe:
         if made is None:
             for x, version in zip(self.inputs, self.versions, strict=True):
                 _check(x, version)
-            with torch.no_grad(), torch.autocast(self.device, self.dtype, enabled=self.autocast):
+            with torch.no_grad(), self.autocast():
                 made = self.make(*self.inputs)
         self.served = (self.served + 1) % self.asked
         self.made = made if self.served else None
@@ -99,7 +100,18 @@ def _check(x: Tensor, version: int) -> None:
         )
 
 
-def _free() -> bool:
+def autocast_now(device: str) -> Callable[[], AbstractContextManager[object]]:
+    """What makes the contexts in which autocast is as it is now."""
+    on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def again() -> AbstractContextManager[object]:
+        as_now = on == torch.is_autocast_enabled(device) and (not on or dtype == torch.get_autocast_dtype(device))
+        return nullcontext() if as_now else torch.autocast(device, dtype, enabled=on)
+
+    return again
+
+
+def free() -> bool:
     """Whether autograd saves tensors, and nobody else looks after them."""
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
     return (

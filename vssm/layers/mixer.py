@@ -52,7 +52,7 @@ class ScanMixer(nn.Module):
     """
 
     fuses_gate = True  # the kernel may gate
-    ssm_type = SelectiveSSM
+    ssm_type: type[nn.Module] = SelectiveSSM
 
     def __init__(
         self,

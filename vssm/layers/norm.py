@@ -9,6 +9,7 @@ from timm.layers import LayerNorm, RmsNorm
 from torch import Tensor, nn
 
 from vssm.kernels.backends import forced_backend, implementation, traced, why_not
+from vssm.kernels.kinds import once, recording
 from vssm.layers.conv import depthwise
 
 WIDEST = 4096  # channels that the GPU kernels take
@@ -53,35 +54,29 @@ class ChannelNorm(LayerNorm):
 
 def narrow_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm over the last axis, RMS norm without a bias, to autocast's dtype, where ``has_narrow_norm(x)``."""
+    x, dtype = x.contiguous(), torch.get_autocast_dtype(x.device.type)
     if torch.is_grad_enabled():
-        return _Norm.apply(x, weight, bias, eps)
-    return _normalised(x.contiguous(), weight, bias, eps)
+        return _apply(x, weight, bias, eps, dtype)
+    return implementation("channel_norm", "triton").forward(x, weight, bias, eps, dtype)
 
 
 class _Norm(torch.autograd.Function):
-    """Layer norm, or RMS norm without a bias, to autocast's dtype."""
+    """Layer norm, or RMS norm without a bias, of contiguous rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        x = x.contiguous()
-        ctx.save_for_backward(x, weight)
-        ctx.rms, ctx.eps, ctx.kinds = bias is None, eps, (weight.dtype, weight.dtype if bias is None else bias.dtype)
-        return _normalised(x, weight, bias, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.eps = eps
+        return implementation("channel_norm", "triton").forward(x, weight, bias, eps, dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
         backward = implementation("channel_norm", "triton").backward
-        flat = grad.contiguous().flatten(0, -2)
-        dx, of_weight, of_bias = backward(flat, x.flatten(0, -2), weight, ctx.rms, ctx.eps)
-        return dx.view(x.shape), of_weight.to(ctx.kinds[0]), None if ctx.rms else of_bias.to(ctx.kinds[1]), None
+        return (*backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps), None, None)
 
 
-def _normalised(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    dtype = torch.get_autocast_dtype(x.device.type)
-    y = implementation("channel_norm", "triton").forward(x.flatten(0, -2), weight, bias, eps, dtype)
-    return y.view(x.shape)
+_apply = recording(_Norm)
 
 
 def has_narrow_norm(x: Tensor) -> bool:

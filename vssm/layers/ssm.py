@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
-from vssm.layers.again import MadeAgain, Make
+from vssm.kernels.backends import forced_backend
+from vssm.kernels.kinds import autocast_dtype, once, recording
+from vssm.kernels.selective_scan.op import gradients, recorded
+from vssm.layers import again
+from vssm.layers.again import Make
+from vssm.layers.parts import check_choice
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -47,6 +53,7 @@ class SelectiveSSM(nn.Module):
         super().__init__()
         if per_row and shared:
             raise ValueError("SelectiveSSM: rows with inputs of their own cannot share parameters; choose one")
+        check_choice("SelectiveSSM", "init", init, INITS)
         sets = 1 if shared else rows
         shared = sets == 1  # so that one row serves a table of any number of rows
         self.splits = (dt_rank, d_state, d_state)
@@ -71,7 +78,7 @@ class SelectiveSSM(nn.Module):
         table: Tensor,
         z: Tensor | None = None,
         *,
-        rows: slice = slice(None),
+        rows: slice | None = None,
         write: str | None = None,
         merge: str | None = "sum",
         revisits: bool | None = None,
@@ -82,63 +89,170 @@ class SelectiveSSM(nn.Module):
         ``merge=None`` keeps the rows apart, (b, k, l, d). Backward makes the step sizes again, and ``u`` too if
         ``origin`` says how: a function and its arguments.
         """
-        with MadeAgain() as again:
-            if origin is not None:
-                again.later(u, origin[0], *origin[1])
-            delta, B, C = self.project(u, rows, again)
-            A_log, D, dt_bias = self.coefficients(rows)
-            if self.shared and not self.per_row:
-                delta, B, C = delta[:, 0], B[:, 0], C[:, 0]
-            y, _ = selective_scan(
-                u, delta, decay(A_log), B, C, D, z, dt_bias,
-                delta_softplus=True, table=table, write=write, merge=merge, revisits=revisits,
-            )  # fmt: skip
+        if isinstance(u, Tensor) and not u.is_meta and again.free() and forced_backend() != "reference":
+            make, inputs = origin or (None, [u])
+            how = How(self.splits, self.shared, self.per_row, self.one_decay, table, write, merge == "sum",
+                      revisits is not False, make)  # fmt: skip
+            return _apply(how, [x.detach() for x in inputs], u, z, *self.parameters_of(rows))
+        delta, B, C = self.project(u, rows)
+        A_log, D, dt_bias = self.coefficients(rows)
+        if self.shared and not self.per_row:
+            delta, B, C = delta[:, 0], B[:, 0], C[:, 0]
+        y, _ = selective_scan(
+            u, delta, decay(A_log), B, C, D, z, dt_bias,
+            delta_softplus=True, table=table, write=write, merge=merge, revisits=revisits,
+        )  # fmt: skip
         return y
 
-    def project(
-        self, u: Tensor, rows: slice = slice(None), again: MadeAgain | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, u: Tensor, rows: slice | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What the scan reads beside ``u``: raw step sizes (b, k, l, d), B and C (b, k, l, n)."""
-        x_proj, dt_weight = self.x_proj[rows], self.dt_weight[rows]
-        if self.per_row:
-            low = u @ x_proj.mT
-        else:
-            low = nn.functional.linear(u, x_proj.flatten(0, 1)).unflatten(-1, (-1, sum(self.splits))).transpose(1, 2)
-        dt, B, C = low.split(self.splits, -1)  # each (b, k, l, ·), a view
-        delta = step_sizes(dt, dt_weight)
-        return delta if again is None else again.later(delta, step_sizes, dt, dt_weight), B, C
+        x_proj, dt_weight, *_ = self.parameters_of(rows)
+        x_proj, dt_weight = filled(x_proj, dt_weight)
+        return parts(projected(u, x_proj, self.per_row), dt_weight, self.splits)
 
-    def coefficients(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+    def coefficients(self, rows: slice | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """A_log (k, d, n), D (k, d) and the bias of the step sizes (k, d), without k where one set serves all rows."""
-        A_log, D, dt_bias = self.A_log[rows], self.D[rows], self.dt_bias[rows]
+        _, _, dt_bias, A_log, D = self.parameters_of(rows)
         if self.shared:
             D, dt_bias = D[0], dt_bias[0]
         return A_log[0] if self.one_decay else A_log, D, dt_bias
+
+    def parameters_of(self, rows: slice | None) -> list[Tensor]:
+        """x_proj, dt_weight, dt_bias, A_log and D of these rows, of all if None."""
+        parameters: list[Tensor] = [self.x_proj, self.dt_weight, self.dt_bias, self.A_log, self.D]
+        return parameters if rows is None else [x[rows] for x in parameters]
 
     def extra_repr(self) -> str:
         rows, dim, d_state = self.A_log.shape
         return f"{dim}, rows={rows}, d_state={d_state}, dt_rank={self.splits[0]}"
 
 
-@torch.fx.wrap  # models call project() alone, which timm's registration does not reach
-@register_notrace_function
-def step_sizes(dt: Tensor, weight: Tensor) -> Tensor:
-    """Raw step sizes (b, k, l, d) from their factors (b, k, l, r) and (k, d, r).
-
-    A product a sample and row: the gradient of the weight then sums over few cells at a time, which a GPU does in
-    parallel; over all samples it took a fifth of a training step of VMamba. On a GPU ranks are filled up for its matrix
-    units.
-    """
-    fill = -weight.shape[-1] % 8 if weight.is_cuda else 0
-    if fill:
-        dt, weight = nn.functional.pad(dt, (0, fill)), nn.functional.pad(weight, (0, fill))
-    return dt @ weight.mT
-
-
 @register_notrace_function
 def decay(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in float32 or wider: the decay of one step is close to 1, where half precision is coarse."""
     return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
+
+
+@torch.fx.wrap  # models call project() alone, which timm's registration does not reach
+@register_notrace_function
+def filled(x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights (k, m, d) and (k, d, r) for the matrix units of a GPU, which want rows of 16 bytes.
+
+    There ``m`` is filled up to a multiple of 8 with zeros, and ``r`` to ``m``, so that step sizes are made from whole
+    rows of what x_proj makes.
+    """
+    if not x_proj.is_cuda:
+        return x_proj, dt_weight
+    m = -(-x_proj.shape[1] // 8) * 8
+    x_proj = nn.functional.pad(x_proj, (0, 0, 0, m - x_proj.shape[1])) if m > x_proj.shape[1] else x_proj
+    return x_proj, nn.functional.pad(dt_weight, (0, m - dt_weight.shape[2]))
+
+
+@torch.fx.wrap
+@register_notrace_function
+def projected(u: Tensor, x_proj: Tensor, per_row: bool) -> Tensor:
+    """What the scan reads, by cell, before step sizes have their width: (b, k, l, m)."""
+    if per_row:
+        return u @ x_proj.mT
+    return nn.functional.linear(u, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2]).transpose(1, 2)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def parts(low: Tensor, dt_weight: Tensor, splits: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Raw step sizes (b, k, l, d), B and C (b, k, l, n), views, from what x_proj makes.
+
+    Step sizes are a product a sample and row: the gradient of the weight then sums over few cells at a time, which a
+    GPU does in parallel; over all samples it took a fifth of a training step of VMamba.
+    """
+    rank, n, _ = splits
+    return low[..., : dt_weight.shape[-1]] @ dt_weight.mT, low[..., rank : rank + n], low[..., rank + n : rank + 2 * n]
+
+
+class How(NamedTuple):
+    """What a scan with its projections does, beside its tensors: see :class:`SelectiveSSM`."""
+
+    splits: tuple[int, int, int]
+    shared: bool
+    per_row: bool
+    one_decay: bool
+    table: Tensor
+    write: str | None
+    merge: bool
+    revisits: bool
+    make: Make | None  # of u
+
+
+class _Scan(torch.autograd.Function):
+    """What ``SelectiveSSM.forward`` does for compilers and tracers, as one node of the graph, which keeps little.
+
+    ``inputs`` are those of ``how.make``, or u itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, how: How, inputs: Sequence[Tensor], u: Tensor, z: Tensor | None, x_proj: Tensor, dt_weight: Tensor,
+        dt_bias: Tensor, A_log: Tensor, D: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.how, ctx.dtype, ctx.autocast = how, autocast_dtype(u), again.autocast_now(u.device.type)
+        ctx.shapes = [x.shape for x in (x_proj, dt_weight, dt_bias, A_log, D)]
+        if ctx.dtype is not None:
+            u, x_proj, dt_weight = u.to(ctx.dtype), x_proj.to(ctx.dtype), dt_weight.to(ctx.dtype)
+        x_proj, dt_weight = filled(x_proj, dt_weight)
+        low = projected(u, x_proj, how.per_row)
+        delta, B, C = parts(low, dt_weight, how.splits)
+        if how.shared:
+            D, dt_bias = D[0], dt_bias[0]
+            if not how.per_row:
+                delta, B, C = delta[:, 0], B[:, 0], C[:, 0]
+        A = decay(A_log[0] if how.one_decay else A_log)
+        write = how.table if how.write is None else None
+        operands = (u, delta, A, B, C, D, z, dt_bias, how.table, how.table, write, None)
+        y, ctx.kind, saved = recorded(operands, (True, how.merge, how.revisits))
+        ctx.save_for_backward(x_proj, dt_weight, low, *saved[2:], *inputs)
+        return y
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        how: How = ctx.how
+        x_proj, dt_weight, low, *saved = ctx.saved_tensors
+        saved, inputs = saved[:12], saved[12:]
+        with ctx.autocast():
+            given = inputs[0] if how.make is None else how.make(*inputs)
+        u = given if ctx.dtype is None else given.to(ctx.dtype)
+        rank, n, _ = how.splits
+        used, one = rank + 2 * n, how.shared and not how.per_row
+        dt = low[..., : dt_weight.shape[-1]]
+        delta = dt @ dt_weight.mT
+        operands = (u, delta[:, 0] if one else delta, *saved)
+        du, ddelta, dA, dB, dC, dD, dz, dbias, _ = gradients(ctx.kind, operands, dy)
+        if one:
+            ddelta, dB, dC = (x.unsqueeze(1) for x in (ddelta, dB, dC))
+        of_x_proj, of_dt_weight, of_bias, of_A, of_D = ctx.shapes
+        ddt = times(ddelta, dt_weight)  # zero behind the rank
+        pieces = ddt[..., :rank], dB, dC, ddt[..., used:]
+        if how.per_row:
+            dlow = torch.cat(pieces, -1)
+            du_low, dx_proj = times(dlow, x_proj), (u.mT @ dlow).mT
+        else:
+            dlow = torch.cat([x.transpose(1, 2) for x in pieces], -1).flatten(2).flatten(0, 1)
+            du_low = (dlow @ x_proj.flatten(0, 1)).view_as(u)
+            dx_proj = (dlow.mT @ u.flatten(0, 1)).view_as(x_proj)
+        return (
+            None, None, du.to(given.dtype).add_(du_low), dz,
+            dx_proj[..., :used, :].sum_to_size(of_x_proj), (dt.mT @ ddelta).mT[..., :rank].sum_to_size(of_dt_weight),
+            dbias.view(of_bias), (dA * saved[0]).view(of_A), dD.view(of_D),
+        )  # fmt: skip
+
+
+def times(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad (b, k, l, i) times weight (k, i, j), laid out as autograd does after a product with weight.mT: same bits."""
+    expanded = weight.mT.expand(*grad.shape[:2], -1, -1).flatten(0, 1)
+    return torch.bmm(grad.flatten(0, 1), expanded.mT).unflatten(0, grad.shape[:2])
+
+
+_apply = recording(_Scan)
 
 
 def dt_bias_(bias: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ import torch
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from vssm.layers.again import MadeAgain
 from vssm.layers.conv import CONVS, ConvMixer, halving_conv, same_conv
 from vssm.layers.instance_norm import InstanceNorm
 from vssm.layers.layout import over_tokens, to_map, to_tokens
@@ -29,7 +28,7 @@ from vssm.layers.mixer import ScanMixer
 from vssm.layers.mlp import LeanMlp
 from vssm.layers.norm import TokenNorm
 from vssm.layers.parts import check_choice
-from vssm.layers.ssm import SelectiveSSM, ssm_parameters, step_sizes
+from vssm.layers.ssm import ssm_parameters
 from vssm.layers.unetr import ResidualBlock, UpBlock
 from vssm.models.keys import Rule, rename, reshape
 from vssm.models.mamba_keys import mamba_keys
@@ -57,28 +56,6 @@ class SpatialGate(nn.Module):
 
     def unit(self, conv: nn.Module, x: Tensor) -> Tensor:
         return self.norm_act(conv(x))
-
-
-class VolumeSSM(SelectiveSSM):
-    """An SSM whose projections have widths that GPUs' matrix units read at full speed: filled up with zeros."""
-
-    def project(
-        self, u: Tensor, rows: slice = slice(None), again: MadeAgain | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rank, states, _ = self.splits
-        dt, gates = self.x_proj[rows].split((rank, 2 * states), 1)
-        fill = -(rank + 2 * states) % 8 if u.is_cuda else 0
-        low = u @ torch.cat([gates, nn.functional.pad(dt, (0, 0, 0, fill))], 1).mT
-        B, C, dt = low.split((states, states, rank + fill), -1)  # each (b, k, l, ·), a view
-        weight = nn.functional.pad(self.dt_weight[rows], (0, fill))
-        delta = step_sizes(dt, weight)
-        return delta if again is None else again.later(delta, step_sizes, dt, weight), B, C
-
-
-class VolumeMixer(ScanMixer):
-    """A mixer with a ``VolumeSSM``."""
-
-    ssm_type = VolumeSSM
 
 
 class MambaBlock(nn.Module):
@@ -164,7 +141,7 @@ class SegMamba(Segmenter):
         def make_mixer(stage: int) -> nn.Module:
             if mixer == "conv":
                 return ConvMixer(features[stage], spatial_dims)
-            return VolumeMixer(
+            return ScanMixer(
                 features[stage], scan=scan, scan_options={"slices": slices[stage]} if slices else scan_options,
                 spatial_dims=spatial_dims, conv="sequence", conv_size=4, d_state=d_state, expand=expand,
             )  # fmt: skip
