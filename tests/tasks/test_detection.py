@@ -183,8 +183,8 @@ def test_pictures_show_what_was_found_and_what_is_there(tmp_path):
     image = torch.zeros(1, 30, 50)
     shown = (image, found([[2, 2, 20, 20], [30, 5, 40, 15]], [1, 1], [0.9, 0.1]), there([[25, 10, 45, 25]], [1]))
     draw_scenes(tmp_path / "x.png", [shown, (torch.zeros(1, 160, 20), found([], [], []), there([], []))], ["cat"])
-    pixels = torch.frombuffer(bytearray(Image.open(tmp_path / "x.png").tobytes()), dtype=torch.uint8).view(324, -1, 3)
+    pixels = torch.frombuffer(bytearray(Image.open(tmp_path / "x.png").tobytes()), dtype=torch.uint8).view(340, -1, 3)
     colours = {tuple(c) for c in pixels.view(-1, 3).tolist()}
-    assert {(255, 0, 0), (0, 255, 0)} <= colours
-    assert pixels.shape == (324, 2 * 302 + 2, 3)
+    assert {(0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00)} <= colours
+    assert pixels.shape == (324 + 16, 2 * 302 + 2, 3)
     assert isinstance(Detection(num_classes=3, **FCOS).configure_callbacks()[-1], Pictures)

@@ -204,7 +204,9 @@ class TrainCLI(LightningCLI):
 
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
-            print(f"predictions {self.config[self.subcommand].predictions.path}", flush=True)
+            file = Path(self.config[self.subcommand].predictions.path)
+            rows = max(0, len(file.read_text(encoding="utf-8").splitlines()) - 1)
+            print(f"predictions {file}, {rows} rows", flush=True)
 
     def _say(self, split: str, name: str | None = None) -> None:
         folder = self.trainer.log_dir  # asks all processes

@@ -156,6 +156,11 @@ class Split:
         return found.group(1) if found.groups() else found.group()
 
     def _from_file(self, who: str, cases: dict[str, Case]) -> dict[str, list[Case]]:
+        if not Path(self.file).is_file():
+            raise ValueError(
+                f"{who}: split.file must be a JSON file of case names, found no {self.file}; set it to null to divide "
+                "by split.val and split.test"
+            )
         listed = json.loads(Path(self.file).read_text(encoding="utf-8"))
         if isinstance(listed, list):
             if not 0 <= self.fold < len(listed):

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vssm.checkpoints.files import written_whole
-from vssm.tasks.report import write_table
+from vssm.tasks.report import COLORS, write_table
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class Picture:
 
     def draw(self, file: Path, class_names: Sequence[str]) -> None:
         """Write a PNG: a row for each slice; image, truth and prediction, and below what the colours mean."""
-        top = 10 if len(class_names) <= 11 else 20
-        colors = matplotlib.colormaps[f"tab{top}"]
+        few = len(class_names) - 1 <= len(COLORS)
+        colors = ListedColormap(COLORS) if few else matplotlib.colormaps["tab20"]
+        top = colors.N
         figure = Figure(figsize=(9, 3 * len(self.slices)), layout="constrained")
         grid = figure.subplots(len(self.slices), 3, squeeze=False)
         for row, (image, truth, predicted, aspect) in zip(grid, self.slices):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms.v2.functional import to_dtype, to_pil_image
@@ -24,6 +24,7 @@ Shown = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]       # an image, wh
 
 PICTURES = 8        # images that are drawn
 SIDE = 320          # pixels; smaller images are enlarged
+FOUND, TRUTH = "#56B4E9", "#E69F00"  # told apart by people with any colour vision
 SHOWN = 0.3         # score of the boxes that are drawn, and that stand in the table of predictions
 
 
@@ -205,7 +206,7 @@ class Precision(nn.Module):
 
 
 class Pictures(Callback):
-    """Draw some images with what was found in them (green) and what is there (red), into the run folder."""
+    """Draw some images with what was found in them (blue) and what is there (orange), into the run folder."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -230,15 +231,22 @@ def draw_scenes(file: Path, scenes: list[Shown], names: list[str]) -> None:
         sure = found["scores"] >= SHOWN
         pairs = zip(found["labels"][sure].tolist(), found["scores"][sure].tolist(), strict=True)
         labels = [f"{names[number - 1]} {score:.2f}" for number, score in pairs]
-        pixels = draw_bounding_boxes(pixels, target["boxes"] * scale, colors="red") if len(target["boxes"]) else pixels
+        if len(target["boxes"]):
+            pixels = draw_bounding_boxes(pixels, target["boxes"] * scale, colors=TRUTH, width=2)
         if sure.any():
-            pixels = draw_bounding_boxes(pixels, found["boxes"][sure] * scale, labels, colors="lime")
+            pixels = draw_bounding_boxes(pixels, found["boxes"][sure] * scale, labels, colors=FOUND, width=2)
         drawn.append(pixels)
     height, width = (max(pixels.shape[i] for pixels in drawn) for i in (1, 2))
     padded = [nn.functional.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in drawn]
     sheet: Image.Image = to_pil_image(make_grid(padded, nrow=4, padding=2, pad_value=128))
+    key = f"found (score {SHOWN} or more)", "there"
+    figure = Image.new("RGB", (max(sheet.width, 240), sheet.height + 16), "black")
+    figure.paste(sheet)
+    pen = ImageDraw.Draw(figure)
+    for left, text, color in zip((4, 184), key, (FOUND, TRUTH), strict=True):
+        pen.text((left, sheet.height + 2), text, fill=color)
     with written_whole(file) as part:
-        sheet.save(part, format="PNG")
+        figure.save(part, format="PNG")
 
 
 def _on_cpu(each: Shown) -> Shown:

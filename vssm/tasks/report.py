@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cycler import cycler
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from vssm.checkpoints.files import written_whole
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
+"""Colours that people with any colour vision tell apart (Okabe and Ito); the last one is too pale for lines."""
 
 
 class RunReport(Callback):
@@ -121,13 +126,15 @@ def draw_curves(file: Path, rows: list[dict[str, float]]) -> None:
         panels.setdefault(kind, []).append(name)
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        axes.set_prop_cycle(cycler(linestyle=("-", "--", ":")) * cycler(color=COLORS[:6]))
         for name in names:
             points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=name)
-        axes.set(xlabel="epoch", ylabel=title)
+        axes.set(xlabel="epochs done", ylabel=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend()
+            axes.legend(**({"fontsize": "small", "ncols": 2} if len(names) > 6 else {}))
     _save(figure, file)
 
 
