@@ -118,7 +118,7 @@ class HeadSSM(nn.Module):
 class HeadMixer(ScanMixer):
     """A mixer with the scan of Mamba-2: as many heads as the rank of its step sizes would be."""
 
-    ssm_type = HeadSSM  # type: ignore[assignment]  # of the same signature
+    ssm_type = HeadSSM
 
 
 STEMS = {"patch": PatchStem, "conv": ConvStem}
