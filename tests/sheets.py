@@ -54,9 +54,9 @@ def conv(x, p, name, stride=1, padding=None):
     return x.permute(0, 2, 3, 1)
 
 
-def unit(x, p, name, stride=1, act=True):
+def unit(x, p, name, stride=1, act=True, padding=None):
     """A convolution ``name.conv``, a batch norm where there is one, a ReLU."""
-    x = conv(x, p, f"{name}.conv", stride)
+    x = conv(x, p, f"{name}.conv", stride, padding)
     if f"{name}.norm.weight" in p:
         x = batch_norm(x.permute(0, 3, 1, 2), p, f"{name}.norm").permute(0, 2, 3, 1)
     return x.relu() if act else x

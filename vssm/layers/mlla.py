@@ -20,10 +20,11 @@ class ConvUnit(nn.Module):
 
     def __init__(
         self, dim: int, out: int, size: int, stride: int = 1, *,
-        groups: int = 1, bias: bool = False, norm: bool = True, act: bool = True,
+        groups: int = 1, bias: bool = False, norm: bool = True, act: bool = True, padding: int | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.conv = nn.Conv2d(dim, out, size, stride, padding=size // 2, groups=groups, bias=bias)
+        padding = size // 2 if padding is None else padding
+        self.conv = nn.Conv2d(dim, out, size, stride, padding=padding, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out) if norm else nn.Identity()
         self.act = nn.ReLU() if act else nn.Identity()
 
@@ -48,6 +49,28 @@ class ResidualStem(nn.Module):
         x = self.conv1(x)
         x = self.conv3(x + self.conv2(x))
         return x.contiguous(memory_format=torch.channels_last)
+
+
+class PatchStem(nn.Module):
+    """One convolution that does not overlap, and a norm. (B, 3, H, W) to (B, C, H / 4, W / 4), rounded down."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.conv1, self.norm = ConvUnit(in_chans, dim, 4, 4, padding=0), ChannelNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv1(x)).contiguous(memory_format=torch.channels_last)
+
+
+class ConvDownsample(nn.Module):
+    """One convolution of stride 2, and a norm. (B, C, H, W) to (B, C', H / 2, W / 2), rounded up."""
+
+    def __init__(self, dim: int, out: int):
+        super().__init__()
+        self.widen, self.norm = ConvUnit(dim, out, 3, 2, bias=True, norm=False), ChannelNorm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.widen(x))
 
 
 class InvertedDownsample(nn.Module):

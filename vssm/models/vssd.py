@@ -8,7 +8,7 @@ that code), weights on the Hugging Face hub. Same function; other key names, see
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from vssm.layers.conv import depthwise
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map
-from vssm.layers.mlla import ConditionedBlock, InvertedDownsample, ResidualStem
+from vssm.layers.mlla import ConditionedBlock, ConvDownsample, InvertedDownsample, PatchStem, ResidualStem
 from vssm.layers.norm import ChannelNorm, TokenNorm
+from vssm.layers.parts import chosen
 from vssm.layers.ssm import decay, dt_bias_
 from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
@@ -35,20 +36,29 @@ class DualityMixer(nn.Module):
 
         S = Σ_l B[l] ⊗ (dt[l] exp(A_log) x[l]),    y[l] = C[l] S + D x[l]
 
-    S is (n, d), shared by all cells; dt, A and D have one value a head, B and C are common to the heads.
+    S is (n, d), shared by all cells; dt, A and D have one value a head, B and C are common to the heads of a group.
 
     Args:
-        dim: Channels C of the tokens; the state has twice as many, d.
+        dim: Channels C of the tokens.
         heads: Heads.
         d_state: States n of each channel.
+        expand: Channels d of the state over C.
+        groups: Of heads with a B and a C of their own. Head i is of group i modulo ``groups``.
+        positive: The weight is dt exp(A_log); else it is -dt exp(A_log).
     """
 
-    def __init__(self, dim: int, heads: int, d_state: int):
+    def __init__(
+        self, dim: int, heads: int, d_state: int, *, expand: int = 2, groups: int = 1, positive: bool = True
+    ):
         super().__init__()
-        width = 2 * dim
-        if width % heads:
-            raise ValueError(f"DualityMixer: heads must divide the {width} channels of the state, got {heads}")
-        self.heads, self.splits = heads, (width, d_state, d_state)
+        width = expand * dim
+        if width % heads or heads % groups:
+            raise ValueError(
+                f"DualityMixer: heads must divide the {width} channels of the state, and groups the heads, got "
+                f"heads={heads}, groups={groups}"
+            )
+        self.heads, self.groups, self.positive = heads, groups, positive
+        self.splits = (width, groups * d_state, groups * d_state)
         self.in_proj = nn.Linear(dim, width + sum(self.splits) + heads, bias=False)
         self.conv, self.act = depthwise(sum(self.splits), 3), nn.SiLU()
         self.dt_bias = nn.Parameter(torch.empty(heads))
@@ -68,10 +78,14 @@ class DualityMixer(nn.Module):
         z, x, dt = self.in_proj(x).split((self.splits[0], sum(self.splits), self.heads), -1)
         u, B, C = self.act(over_map(self.conv, x, grid)).split(self.splits, -1)  # (b, l, d), (b, l, n) twice
         # As published: the weight is positive, and nothing divides the sum by the number of cells.
-        weight = nn.functional.softplus(dt + self.dt_bias) * -decay(self.A_log)  # (b, l, heads)
+        A = -decay(self.A_log) if self.positive else decay(self.A_log)
+        weight = nn.functional.softplus(dt + self.dt_bias) * A  # (b, l, heads)
         u = u.unflatten(-1, (self.heads, -1))
-        state = B.mT @ (weight.type_as(u)[..., None] * u).flatten(2)  # (b, n, d)
-        y = C @ state + (self.D[:, None] * u).flatten(2)
+        written = (weight.type_as(u)[..., None] * u).unflatten(2, (-1, self.groups))
+        B, C = (x.unflatten(-1, (self.groups, -1)).transpose(1, 2) for x in (B, C))  # (b, g, l, n)
+        state = B.mT @ written.movedim(3, 1).flatten(3)  # (b, g, n, d / g)
+        read = (C @ state).unflatten(-1, (self.heads // self.groups, -1)).movedim(1, 3)  # (b, l, heads / g, g, ·)
+        y = read.flatten(2) + (self.D[:, None] * u).flatten(2)
         # As published: the norm stands before the gate, which has no activation.
         return self.out_proj(self.norm(y) * z)
 
@@ -83,10 +97,12 @@ class AttentionMixer(Attention):
         return super().forward(x)
 
 
-MIXERS = {  # by name: (dim, heads, d_state) -> module
+MIXERS: dict[str, Callable[..., nn.Module]] = {  # by name: (dim, heads, d_state, …) -> module
     "duality": DualityMixer,
-    "attention": lambda dim, heads, d_state: AttentionMixer(dim, heads),
+    "attention": lambda dim, heads, d_state, **options: AttentionMixer(dim, heads),
 }
+STEMS = {"conv": ResidualStem, "patch": PatchStem}
+DOWNSAMPLES = {"inverted": InvertedDownsample, "conv": ConvDownsample}
 
 
 class VSSD(Hierarchical):
@@ -99,9 +115,11 @@ class VSSD(Hierarchical):
         depths: Blocks of each stage.
         dim: Channels of the first stage, which double with every stage; or of all of them.
         heads: Heads of each stage's mixers.
-        d_state: States of each channel.
+        d_state, expand, groups, positive: Of the mixers, see ``DualityMixer``.
         mixers: Of each stage, ``"duality"`` or ``"attention"``.
         mlp_ratio: Hidden channels of the MLP over those of the block.
+        stem: ``"conv"`` (five convolutions) or ``"patch"`` (one that does not overlap).
+        downsample: ``"inverted"`` (three convolutions) or ``"conv"`` (one).
     """
 
     def __init__(
@@ -114,8 +132,13 @@ class VSSD(Hierarchical):
         dim: int | Sequence[int] = 64,
         heads: Sequence[int] = (2, 4, 8, 16),
         d_state: int = 64,
+        expand: int = 2,
+        groups: int = 1,
+        positive: bool = True,
         mixers: Sequence[str] = ("duality", "duality", "duality", "attention"),
         mlp_ratio: float = 4.0,
+        stem: str = "conv",
+        downsample: str = "inverted",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
@@ -128,12 +151,15 @@ class VSSD(Hierarchical):
             raise ValueError(f"VSSD: mixers must be of {', '.join(MIXERS)}, got {unknown[0]!r}")
 
         def block(i: int, j: int, rate: float) -> nn.Module:
-            mixer = MIXERS[mixers[i]](dims[i], heads[i], d_state)
+            options = dict(expand=expand, groups=groups, positive=positive)
+            mixer = MIXERS[mixers[i]](dims[i], heads[i], d_state, **options)
             return ConditionedBlock(dims[i], mixer, mlp_ratio, rate)
 
-        stages = make_stages(depths, dims, drop_path_rate, block, InvertedDownsample)
+        make_stem = chosen("VSSD", "stem", stem, STEMS)
+        make_downsample = chosen("VSSD", "downsample", downsample, DOWNSAMPLES)
+        stages = make_stages(depths, dims, drop_path_rate, block, make_downsample)
         super().__init__(
-            ResidualStem(in_chans, dims[0]), stages, dims, ChannelNorm(dims[-1]),
+            make_stem(in_chans, dims[0]), stages, dims, ChannelNorm(dims[-1]),
             num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate,
         )  # fmt: skip
         self.apply(linear_like_transformers)
@@ -187,11 +213,9 @@ VARIANTS = [
 ]  # fmt: skip
 
 SAME = {"in_chans": "in_chans", "num_classes": "num_classes", "depths": "depths", "embed_dim": "dim",
-        "num_heads": "heads", "d_state": "d_state", "mlp_ratio": "mlp_ratio"}  # fmt: skip
-UNCHANGED = {
-    "patch_size": 4, "simple_downsample": False, "simple_patch_embed": False, "ssd_expansion": 2, "ssd_ngroups": 1,
-    "linear_attn_duality": True, "lepe": False, "bidirection": False, "ssd_positve_dA": True,
-}  # fmt: skip
+        "num_heads": "heads", "d_state": "d_state", "mlp_ratio": "mlp_ratio", "ssd_expansion": "expand",
+        "ssd_ngroups": "groups", "ssd_positve_dA": "positive"}  # fmt: skip
+UNCHANGED = {"patch_size": 4, "linear_attn_duality": True, "lepe": False, "bidirection": False}
 INEFFECTIVE = {  # in training only; or, as published, nothing depends on it
     "drop_rate", "drop_path_rate", "use_checkpoint", "img_size", "image_size", "ssd_chunk_size",
 }  # fmt: skip
@@ -204,8 +228,10 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     types = given.pop("attn_types", ("mamba2", "mamba2", "mamba2", "standard"))
     if not set(types) <= set(ATTENTION_TYPES):
         raise NotCovered(f"attn_types={types!r}")
+    stem = "patch" if given.pop("simple_patch_embed", False) else "conv"
+    downsample = "conv" if given.pop("simple_downsample", False) else "inverted"
     ours = translated(given, SAME, UNCHANGED, INEFFECTIVE)
-    return {**ours, "mixers": [ATTENTION_TYPES[name] for name in types]}
+    return {**ours, "mixers": [ATTENTION_TYPES[name] for name in types], "stem": stem, "downsample": downsample}
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
