@@ -11,6 +11,7 @@ from tolerance import TOLERANCE, error
 
 from vssm.cli import verify
 from vssm.models.efficientvmamba import VARIANTS, AtrousMixer, EfficientVMamba, published
+from vssm.models.keys import published_shapes, shapes_of
 from vssm.models.variant import NotCovered
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "efficientvmamba"
@@ -65,7 +66,25 @@ def test_arguments_that_the_published_code_ignores_are_ignored():
     assert built.model.stages[0].blocks[0].mixer.ssm.A_log.shape == (4, 16, 16)
 
 
-@pytest.mark.parametrize("kwargs", [{"mlp_ratio": 4.0}, {"step_size": 3}, {"window_shift": 1}])
+def test_an_mlp_may_follow_the_mixers():
+    """Norm, MLP, add; in the blocks that scan alone."""
+    built = published("x.py:EfficientVSSM", {"dims": 16, "depths": [1, 1, 1, 1], "mlp_ratio": 1.5, "num_classes": 3})
+    model = built.model.double().eval()
+    entries = published_shapes(shapes_of(model), built.keys)
+    assert {name for name in entries if ".mlp." in name and name.endswith("weight")} == {
+        f"layers.{i}.blocks.0.mlp.fc{n}.weight" for i in (0, 1) for n in (1, 2)
+    }
+    assert entries["layers.0.blocks.0.mlp.fc1.weight"] == (24, 16)
+    block, x = model.stages[0].blocks[0], torch.randn(2, 16, 5, 6, dtype=torch.float64)
+    y, (norm, mlp) = block(x), (block.norm2, block.mlp)
+    block.mlp = None
+    x = block(x).movedim(1, -1)
+    h = torch.nn.functional.layer_norm(x, (16,), norm.weight, norm.bias)
+    expected = x + mlp.fc2(torch.nn.functional.gelu(mlp.fc1(h)))
+    assert error(y.movedim(1, -1), expected) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("kwargs", [{"step_size": 3}, {"window_shift": 1}])
 def test_what_is_not_covered_says_so(kwargs):
     with pytest.raises(NotCovered, match=next(iter(kwargs))):
         published("x.py:EfficientVSSM", kwargs)

@@ -23,8 +23,9 @@ from vssm.kernels import selective_scan
 from vssm.layers.conv import depthwise
 from vssm.layers.downsample import PatchMerging
 from vssm.layers.init import linear_like_transformers
-from vssm.layers.layout import over_map, to_map, to_tokens
+from vssm.layers.layout import over_map, over_tokens, to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.mlp import LeanMlp
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.ssm import decay, ssm_parameters
 from vssm.layers.stem import PatchStem
@@ -80,22 +81,34 @@ class ChannelGate(nn.Module):
 
 
 class EfficientBlock(nn.Module):
-    """Norm; scan and convolve side by side, gate both, add. (B, C, H, W) in and out, channels last in memory."""
+    """Norm; scan and convolve side by side, gate both, add; norm, MLP, add if ``mlp_ratio`` is not 0.
+
+    (B, C, H, W) in and out, channels last in memory.
+    """
 
     def __init__(
-        self, dim: int, expand: float, scan: str, scan_options: Mapping[str, Any] | None, drop_path: float = 0.0
+        self,
+        dim: int,
+        expand: float,
+        scan: str,
+        scan_options: Mapping[str, Any] | None,
+        mlp_ratio: float = 0.0,
+        drop_path: float = 0.0,
     ):
         super().__init__()
         self.norm, self.mixer = ChannelNorm(dim, narrow=True), AtrousMixer(dim, expand, scan, scan_options)
         self.conv_branch = nn.Sequential(depthwise(dim, 3), nn.BatchNorm2d(dim), nn.GELU(), nn.Conv2d(dim, dim, 1))
         self.gate = ChannelGate(dim)
+        self.norm2 = ChannelNorm(dim, narrow=True) if mlp_ratio else None
+        self.mlp = LeanMlp(dim, int(dim * mlp_ratio)) if mlp_ratio else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         grid, h = x.shape[2:], self.norm(x)
         scanned = to_map(self.mixer(to_tokens(h), grid), grid)
         # As published: one gate for both branches.
-        return x + self.drop_path(self.gate(scanned) + self.gate(self.conv_branch(h)))
+        x = x + self.drop_path(self.gate(scanned) + self.gate(self.conv_branch(h)))
+        return x if self.mlp is None else x + self.drop_path(over_tokens(self.mlp, self.norm2(x)))
 
 
 def conv_block(dim: int, drop_path: float) -> nn.Module:
@@ -112,6 +125,7 @@ class EfficientVMamba(Hierarchical):
         depths: Blocks of each stage.
         dim: Channels of the first stage, which double with every stage; or of all of them.
         expand, scan, scan_options: Of the mixers, see ``ScanMixer``.
+        mlp_ratio: Hidden channels of an MLP behind each mixer over those of its block; 0 for no MLP.
         patch_size: Pixels of the image to one cell of the first stage.
     """
 
@@ -126,6 +140,7 @@ class EfficientVMamba(Hierarchical):
         expand: float = 2.0,
         scan: str = "atrous",
         scan_options: Mapping[str, Any] | None = None,
+        mlp_ratio: float = 0.0,
         patch_size: int = 4,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -133,8 +148,9 @@ class EfficientVMamba(Hierarchical):
         dims = widths("EfficientVMamba", dim, depths)
 
         def block(i: int, j: int, rate: float) -> nn.Module:
-            scanned = i < SCANNED
-            return EfficientBlock(dims[i], expand, scan, scan_options, rate) if scanned else conv_block(dims[i], rate)
+            if i >= SCANNED:
+                return conv_block(dims[i], rate)
+            return EfficientBlock(dims[i], expand, scan, scan_options, mlp_ratio, rate)
 
         stages = make_stages(depths, dims, drop_path_rate, block, PatchMerging)
         super().__init__(
@@ -204,13 +220,13 @@ VARIANTS = [
     _variant("test_efficientvmamba", None, "for tests", depths=(1, 1, 1, 1), dim=8),
 ]  # fmt: skip
 
-UNCHANGED = {"mlp_ratio": 0.0, "step_size": 2, "patch_norm": True, "downsample_version": "v1"}
+UNCHANGED = {"step_size": 2, "patch_norm": True, "downsample_version": "v1"}
 INEFFECTIVE = {  # in training only; or, as published, handed on under names that nothing reads
     "drop_path_rate", "use_checkpoint", "pretrained", "d_state", "dt_rank", "drop_rate", "attn_drop_rate", "shared_ssm",
     "softmax_version", "window_size",
 }  # fmt: skip
 SAME = {"in_chans": "in_chans", "num_classes": "num_classes", "patch_size": "patch_size", "depths": "depths",
-        "dims": "dim", "ssm_ratio": "expand"}  # fmt: skip
+        "dims": "dim", "ssm_ratio": "expand", "mlp_ratio": "mlp_ratio"}  # fmt: skip
 
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
