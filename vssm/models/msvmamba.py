@@ -10,7 +10,7 @@ the code computes. Same function; other key names, see KEYS.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from vssm.layers.conv import depthwise
 from vssm.layers.downsample import ConvDownsample, PatchMerging
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import to_map, to_tokens
+from vssm.layers.mixer import ScanMixer
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.parts import check_choice
 from vssm.layers.ssm import SelectiveSSM, ssm_parameters
@@ -64,6 +65,7 @@ class MultiScaleMixer(nn.Module):
         norm: Where the norm stands: after each ``"sequence"``, before its steps return to their cells; or after the
             ``"sum"``.
         resize: How the low resolution becomes the full one: ``"bilinear"`` or ``"nearest"``.
+        returned: The part of the low sequence whose steps return to the cells of each path, by default its own.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class MultiScaleMixer(nn.Module):
         gate: bool = False,
         norm: str = "sum",
         resize: str = "nearest",
+        returned: Sequence[int] | None = None,
     ):
         super().__init__()
         check_choice("MSVMamba", "norm", norm, ("sequence", "sum"))
@@ -91,6 +94,7 @@ class MultiScaleMixer(nn.Module):
         half = (rows + 1) // 2  # the second half of an order's rows are reverses of the first: each follows its path
         paths = sorted(range(rows), key=lambda k: k % half)
         self.full_row, self.low_rows = full_row, [k for k in paths if k != full_row] or [full_row]
+        self.returned = None if returned is None else tuple(returned)
         width = int(expand * dim)
         self.gate, self.norm_each, self.resize = gate, norm == "sequence", resize
 
@@ -128,10 +132,29 @@ class MultiScaleMixer(nn.Module):
         table = torch.stack([table[k] for k in self.low_rows])  # an index would be copied from the host each time
         # As published: one sequence that visits each cell once a path; the state is not reset between them.
         tour = table.reshape(1, -1)
-        if not self.norm_each:
+        if not self.norm_each and self.returned is None:
             return self.ssm(u, tour, rows=LOW)
-        y = self.out_norm(self.ssm(u, tour, rows=LOW, write="steps"))
-        return to_grid(y.unflatten(1, (len(self.low_rows), -1)), table, u.shape[1]).sum(1)
+        y = self.ssm(u, tour, rows=LOW, write="steps")
+        y = (self.out_norm(y) if self.norm_each else y).unflatten(1, (len(self.low_rows), -1))
+        if self.returned is not None:
+            y = torch.stack([y[:, k] for k in self.returned], 1)
+        return to_grid(y, table, u.shape[1]).sum(1)
+
+
+class ExcitedMixer(ScanMixer):
+    """The mixer of VMamba, which reads one resolution, with squeeze-and-excitation. (B, L, C) tokens in and out."""
+
+    def __init__(
+        self, dim: int, scan: str, scan_options: Mapping[str, Any] | None, expand: float, d_state: int, gate: bool
+    ):
+        super().__init__(
+            dim, scan=scan, scan_options=scan_options, expand=expand, d_state=d_state, gate="act" if gate else "none",
+            out_norm="layer",
+        )  # fmt: skip
+        self.excite = SqueezeExcite(self.out_proj.in_features)
+
+    def mix(self, x: Tensor, z: Tensor | None, grid: Sequence[int]) -> Tensor:
+        return self.excite(super().mix(x, z, grid))
 
 
 class ConvMlp(nn.Module):
@@ -181,7 +204,8 @@ class MSVMamba(Hierarchical):
         depths: Blocks of each stage.
         dim: Channels of the first stage, which double with every stage; or of all of them.
         scan, scan_options, full_row, expand, d_state, gate: Of the mixers, see ``MultiScaleMixer``.
-        mixer_norm, resize: Likewise, ``norm`` and ``resize`` there.
+        mixer_norm, resize, returned: Likewise, ``norm``, ``resize`` and ``returned`` there.
+        plain_stages: Stages whose mixers read one resolution, see ``ExcitedMixer``.
         mlp_ratio: Hidden channels of the MLP over those of the block.
         post_norm: The MLP's norm stands behind it.
         stem: ``"conv"`` (two overlapping convolutions) or ``"patch"`` (one that does not overlap).
@@ -205,6 +229,8 @@ class MSVMamba(Hierarchical):
         gate: bool = False,
         mixer_norm: str = "sum",
         resize: str = "nearest",
+        returned: Sequence[int] | None = None,
+        plain_stages: Collection[int] = (),
         mlp_ratio: float = 4.0,
         post_norm: bool = True,
         stem: str = "conv",
@@ -218,10 +244,13 @@ class MSVMamba(Hierarchical):
         dims = widths("MSVMamba", dim, depths)
 
         def block(i: int, j: int, rate: float) -> nn.Module:
-            mixer = MultiScaleMixer(
-                dims[i], scan=scan, scan_options=scan_options, full_row=full_row, expand=expand, d_state=d_state,
-                gate=gate, norm=mixer_norm, resize=resize,
-            )  # fmt: skip
+            if i in plain_stages:
+                mixer: nn.Module = ExcitedMixer(dims[i], scan, scan_options, expand, d_state, gate)
+            else:
+                mixer = MultiScaleMixer(
+                    dims[i], scan=scan, scan_options=scan_options, full_row=full_row, expand=expand, d_state=d_state,
+                    gate=gate, norm=mixer_norm, resize=resize, returned=returned,
+                )  # fmt: skip
             return MSVMambaBlock(dims[i], mixer, mlp_ratio, post_norm, rate)
 
         stages = make_stages(depths, dims, drop_path_rate, block, DOWNSAMPLES[downsample])
@@ -241,7 +270,24 @@ def _low_first(name: str) -> list[Rule]:
     return [split(name, (f"{name}_low", f"{name}_full")), stack((f"{name}_full", f"{name}_low"), name)]
 
 
-def keys(generation: int) -> list[Rule]:
+def _plain(stages: Collection[int]) -> list[Rule]:
+    """Rules of mixers that read one resolution, up to their names before ``MIXER``; others pass by."""
+    return [
+        *(rename(rf"^(layers\.{i}\.blocks\.\d+)\.op\.", r"\1.plain.") for i in stages),
+        reshape(r"\.plain\.A_logs$", "(k d) n -> k d n"),
+        reshape(r"\.plain\.Ds$", "(k d) -> k d"),
+        rename(r"\.plain\.conv2d\.", r".plain.conv."),
+        rename(r"\.plain\.x_proj_weight$", r".plain.ssm.x_proj"),
+        rename(r"\.plain\.dt_projs_weight$", r".plain.ssm.dt_weight"),
+        rename(r"\.plain\.dt_projs_bias$", r".plain.ssm.dt_bias"),
+        rename(r"\.plain\.A_logs$", r".plain.ssm.A_log"),
+        rename(r"\.plain\.Ds$", r".plain.ssm.D"),
+        rename(r"\.plain\.se\.fc\.0\.", r".plain.excite.reduce."),
+        rename(r"\.plain\.se\.fc\.2\.", r".plain.excite.expand."),
+    ]
+
+
+def keys(generation: int, plain_stages: Collection[int] = ()) -> list[Rule]:
     """Key rules for a published generation, 1 or 3."""
     own = {
         1: [
@@ -259,6 +305,7 @@ def keys(generation: int) -> list[Rule]:
     }
     return [
         *FIRST_RELEASE,
+        *_plain(plain_stages),
         *own[generation],
         rename(r"\.op\.conv2d\.", r".op.full_conv."),
         *frame(),
@@ -269,6 +316,7 @@ def keys(generation: int) -> list[Rule]:
         rename(r"\.mixer\.conv2d_b1\.", r".mixer.low_conv."),
         rename(r"\.mixer\.se\.fc\.0\.", r".mixer.excite.reduce."),
         rename(r"\.mixer\.se\.fc\.2\.", r".mixer.excite.expand."),
+        *(rename(rf"^(stages\.{i}\.blocks\.\d+)\.plain\.", r"\1.mixer.") for i in plain_stages),
     ]
 
 
@@ -327,7 +375,7 @@ UNCHANGED_FIRST = UNCHANGED | {
     "patchembed_version": "v1", "recurrent": False, "sscore_type": "multiscale_4scan_12", "inter_block_ssm": False,
     "grid_size": 0, "multiscale_ratio": [], "multiscale_ksize": [], "continous_patch": False, "adaptive_merge": False,
     "add_conv": True, "b1_seq": False, "b1_ratio": 0.5, "ms_fusion": None, "up_sample": "interpolate", "convFFN": True,
-    "lpu": False, "sep_norm": False, "ms_stage": [0, 1, 2, 3], "ms_split": [1, 3],
+    "lpu": False, "sep_norm": False, "ms_split": [1, 3],
 }  # fmt: skip
 UNCHANGED_THIRD = UNCHANGED | {
     "ssm_init": "v0", "downsample_version": "v3", "patchembed_version": "v2", "gmlp": False, "posembed": False,
@@ -342,6 +390,7 @@ def translate(kwargs: Mapping[str, Any], generation: int) -> dict[str, Any]:
     """Arguments of ``MSVMamba`` for those of the published ``VSSM`` of a generation, 1 or 3."""
     ineffective = INEFFECTIVE_FIRST if generation == 1 else INEFFECTIVE_THIRD
     given = {key: value for key, value in kwargs.items() if key not in ineffective}
+    multiscale = given.pop("ms_stage", range(4)) if generation == 1 else range(4)
     for key, value in (UNCHANGED_FIRST if generation == 1 else UNCHANGED_THIRD).items():
         found = given.pop(key, value)
         if (list(found) if isinstance(found, tuple) else found) != value:
@@ -349,6 +398,7 @@ def translate(kwargs: Mapping[str, Any], generation: int) -> dict[str, Any]:
     ours = {SAME[key]: given.pop(key) for key in list(given) if key in SAME}
     if generation == 1:
         ours |= {**FIRST, "expand": ours.get("expand", FIRST["expand"])}
+        ours["plain_stages"] = [i for i in range(len(ours.get("depths", range(4)))) if i not in multiscale]
     else:
         ours |= _third(given)
     nothing_left(given)
@@ -364,8 +414,9 @@ def _third(given: dict[str, Any]) -> dict[str, Any]:
     if norm_layer not in ("ln", "ln2d"):
         raise NotCovered(f"norm_layer={norm_layer!r}")
     if index not in FULL_ROWS:
-        raise NotCovered(f"full_res_index={index}: a mistake in the published code leaves a third of a sequence out")
+        raise NotCovered(f"full_res_index={index}: a mistake in the published code, right on square maps alone")
     return {
+        "returned": (0, 1, 1) if index == 4 else None,  # As published: the second part is read twice, no third one.
         "gate": forward_type == "vms",
         "post_norm": norm_layer == "ln2d",  # As published: the layout decides where this norm stands.
         "full_row": FULL_ROWS[index],
@@ -373,7 +424,7 @@ def _third(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-FULL_ROWS = {1: 0, 2: 2}  # the published number of the path at full resolution -> row of "cross"
+FULL_ROWS = {1: 0, 2: 2, 4: 3}  # the published number of the path at full resolution -> row of "cross"
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
@@ -383,8 +434,9 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     given = dict(kwargs)
     out_indices = given.pop("out_indices", (0, 1, 2, 3))
     ours = translate(given, generation)
+    rules = keys(generation, ours.get("plain_stages", ()))
     if name == "VSSM":
-        return Published(MSVMamba(**ours), keys(generation), run_classifier)
+        return Published(MSVMamba(**ours), rules, run_classifier)
     model = MSVMamba(**{**ours, "num_classes": 0})
     maps = StageMaps(model, out_indices)
-    return Published(maps, [*unread(len(maps.stages), len(model.stages)), *keys(generation)], run_backbone)
+    return Published(maps, [*unread(len(maps.stages), len(model.stages)), *rules], run_backbone)
