@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vssm.layers.layout import over_tokens, to_map, to_tokens
+from vssm.layers.layout import over_map, to_map, to_tokens
 from vssm.layers.norm import ChannelNorm
 
 Make = Callable[[int], nn.Module]  # a part, for this many channels
@@ -39,10 +39,11 @@ class MixerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = x.shape[2:]
-        x = x + self.drop_path1(to_map(self.mixer(to_tokens(self.norm1(x)), grid), grid))
+        x = to_tokens(x)
+        x = x + self.drop_path1(self.mixer(over_map(self.norm1, x, grid), grid))
         if self.mlp is not None:
-            x = x + self.drop_path2(self.apply_mlp(self.norm2(x)))
-        return x
+            x = x + self.drop_path2(self.apply_mlp(over_map(self.norm2, x, grid), grid))
+        return to_map(x, grid)
 
-    def apply_mlp(self, x: Tensor) -> Tensor:
-        return over_tokens(self.mlp, x)
+    def apply_mlp(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        return self.mlp(x)

@@ -29,7 +29,9 @@ def to_map(x: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def over_map(module: nn.Module, x: Tensor, grid: Sequence[int]) -> Tensor:
-    """Apply a module of maps to tokens."""
+    """Apply a module of maps to tokens; one that treats cells ``by_cell`` takes the tokens themselves."""
+    if getattr(module, "by_cell", False):
+        return module(x, axis=-1)
     return to_tokens(module(to_map(x, grid)))
 
 

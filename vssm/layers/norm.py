@@ -35,21 +35,25 @@ class TokenRmsNorm(RmsNorm):
 class ChannelNorm(LayerNorm):
     """Layer norm over the channels of each cell. (B, C, *grid) in and out, a view where memory is channels last.
 
+    Tokens (B, L, C) come with ``axis=-1``.
+
     Args:
         dim: Channels.
         eps: Added to the variance.
         narrow: The layers behind read autocast's dtype: see ``TokenNorm``.
     """
 
+    by_cell = True  # see over_map
+
     def __init__(self, dim: int, eps: float = 1e-5, narrow: bool = False):
         super().__init__(dim, eps=eps)
         self.narrow = narrow
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.movedim(1, -1)
+    def forward(self, x: Tensor, axis: int = 1) -> Tensor:
+        x = x if axis == -1 else x.movedim(axis, -1)
         narrow = self.narrow and has_narrow_norm(x)
         y = narrow_norm(x, self.weight, self.bias, self.eps) if narrow else super().forward(x)
-        return y.movedim(-1, 1)
+        return y if axis == -1 else y.movedim(-1, axis)
 
 
 def narrow_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

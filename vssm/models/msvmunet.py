@@ -21,7 +21,7 @@ from vssm.layers.conv import CONVS, ConvMixer, depthwise
 from vssm.layers.downsample import ConvDownsample
 from vssm.layers.expand import spread
 from vssm.layers.init import linear_like_transformers
-from vssm.layers.layout import over_tokens
+from vssm.layers.layout import over_map, over_tokens
 from vssm.layers.mixer import ScanMixer
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.parts import chosen
@@ -58,8 +58,8 @@ class MultiScaleMlp(nn.Module):
 class MultiScaleBlock(MixerBlock):
     """A block whose MLP takes maps."""
 
-    def apply_mlp(self, x: Tensor) -> Tensor:
-        return self.mlp(x)
+    def apply_mlp(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        return over_map(self.mlp, x, grid)
 
 
 class LargeKernelExpand(nn.Module):
