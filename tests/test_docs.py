@@ -9,6 +9,7 @@ import re
 from importlib import import_module
 from importlib.util import find_spec
 
+import published
 import pytest
 from tree import ROOT, sources
 
@@ -81,6 +82,23 @@ def test_generated_tables_are_up_to_date():
     known |= {name: docs.numbers(name) for name in COUNTED}
     assert docs.readme(readme, known) == readme
     assert docs.page(known) == page
+
+
+def test_remarks_of_sources_are_quoted_whole():
+    """What docs/models.md says is kept as published: comments to their end, docstrings to the end of the sentence."""
+    source = '''class Model:
+    """A model. As published: in
+    float32. Not more.
+    """
+
+    def norm(self):
+        # As published: no bias,
+        # and no norm.
+        return 0  # As published: zero.
+'''
+    assert list(published.marks(source)) == [
+        ("Model", "in float32."), ("Model.norm", "no bias, and no norm."), ("Model.norm", "zero.")
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

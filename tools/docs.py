@@ -14,6 +14,7 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
+import published
 from pages import ROOT, markdown, with_block, write
 
 from vssm.cli.flops import PUBLISHED
@@ -36,6 +37,9 @@ GFLOPs are counted by `vssm flops` on one image (or volume) of the size in the t
 multiply-adds, and 9 for each step, channel and state of a scan. In brackets stands the published figure.
 VMamba, PlainMamba, Spatial-Mamba and LocalVMamba count so, and agree within 2 %. MSVMamba and VSSD differ by up to 4 %.
 The figures of Vim and LocalVim lie between ours with the scan and ours without it.
+
+Each family's section says with which commit of the published code it was compared, and what of it ours repeats though
+the paper or common sense would say otherwise (what the sources mark with "As published").
 """
 TWIN = "_nomamba"  # a model's twin without Mamba; README does not name them one by one
 Known = Mapping[str, tuple[str, str]]  # parameters and GFLOPs by model
@@ -106,6 +110,7 @@ def page(known: Known) -> str:
         introduction = family.__doc__.strip().partition("\n\n")[0].replace("\n", " ").rstrip(".")
         code = f"[{family.REPOSITORY}](https://github.com/{family.REPOSITORY})"
         parts.append(f"## {introduction}\n\nPublished code: {code}.\n")
+        parts += published.lines(family)
         parts += [section(variant, counted[variant.name]) for variant in members(family)]
     return "\n".join(parts)
 
