@@ -1,11 +1,14 @@
 """mamba_ssm's and causal_conv1d's functions over our ops: the same signatures, layouts and results.
 
-Who uses ``mamba_ssm.ops.selective_scan_interface.selective_scan_fn`` or ``causal_conv1d.causal_conv1d_fn`` changes the
-import. Sequences lie last there, (b, d, l), and channels last here: inputs that are channels last in memory, which
-``x.transpose(1, 2)`` of a (b, l, d) tensor is, are taken as they are, others are copied.
+Who uses ``mamba_ssm.ops.selective_scan_interface.selective_scan_fn``, Mamba-2's ``mamba_chunk_scan_combined`` or
+``causal_conv1d.causal_conv1d_fn`` changes the import. Sequences of the first and the last lie last there, (b, d, l),
+and channels last here: inputs that are channels last in memory, which ``x.transpose(1, 2)`` of a (b, l, d) tensor is,
+are taken as they are, others are copied.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,6 +70,93 @@ def selective_scan_fn(
     if gate_here:
         y = (y * F.silu(z.to(y.dtype))).to(u.dtype)
     return (y, last_state.flatten(1, 2)) if return_last_state else y
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The scan of Mamba-2 (arXiv:2405.21060, section 6) with the signature of mamba_ssm (Apache-2.0).
+
+    Each head is a selective scan whose channels decay alike: the same values and gradients for a sequence of any
+    length, without the products of matrices that the published kernels are made of, so slower than they are.
+
+    Sizes: b batch, l steps, h heads, p channels of a head, n states, g groups. Heads of a group, h / g neighbours,
+    share B and C.
+
+    Args:
+        x: (b, l, h, p).
+        dt: (b, l, h).
+        A: (h), real.
+        B, C: (b, l, g, n).
+        chunk_size: Not looked at: no value depends on it.
+        D: (h) or (h, p).
+        z: (b, l, h, p), gate of the output: y silu(z).
+        dt_bias: (h).
+        initial_states: (b, h, p, n), zero if None.
+        seq_idx, cu_seqlens: Must be None: packed sequences are not supported.
+        dt_softplus: Pass dt, after its bias, through softplus.
+        dt_limit: Bounds of dt behind that.
+        return_final_states: Return (y, final states (b, h, p, n)) instead of y. Both have gradients.
+
+    Returns:
+        y (b, l, h, p) in the dtype of ``x``.
+
+    Raises:
+        ValueError: If shapes disagree, or sequences are packed.
+    """
+    who = "mamba_chunk_scan_combined"
+    if seq_idx is not None or cu_seqlens is not None:
+        raise ValueError(f"{who}: seq_idx and cu_seqlens must be None, packed sequences are not supported")
+    if x.dim() != 4 or B.dim() != 4 or C.shape != B.shape or B.shape[2] == 0 or x.shape[2] % B.shape[2]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, B, C))
+        raise ValueError(f"{who}: x must be (b, l, h, p), B and C (b, l, g, n) with g a divisor of h, got {shapes}")
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    wanted = {"dt": (dt, (b, l, h)), "A": (A, (h,)), "B": (B, (b, l, g, n)), "dt_bias": (dt_bias, (h,)),
+              "z": (z, (b, l, h, p)), "initial_states": (initial_states, (b, h, p, n))}  # fmt: skip
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{who}: {name} must be {shape}, got {tuple(tensor.shape)}")
+    if D is not None and D.shape not in ((h,), (h, p)):
+        raise ValueError(f"{who}: D must be {(h,)} or {(h, p)}, got {tuple(D.shape)}")
+
+    def channels(t: Tensor) -> Tensor:
+        """(…, h, p) as (…, g, channels of a group)."""
+        return t.unflatten(-2, (g, h // g)).flatten(-2)
+
+    def repeated(t: Tensor) -> Tensor:
+        """(…, h) as (…, g, channels of a group)."""
+        return channels(t[..., None].expand(*t.shape, p))
+
+    dt = dt if dt.dtype.itemsize > 4 else dt.float()
+    dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    u = x.float() if z is not None and x.dtype.itemsize < 4 else x      # rounded once, behind the gate
+    y, last = selective_scan(
+        channels(u).transpose(1, 2),
+        repeated(dt).transpose(1, 2),
+        repeated(A)[..., None].expand(-1, -1, n),
+        B.transpose(1, 2),
+        C.transpose(1, 2),
+        None if D is None else channels(D) if D.dim() == 2 else repeated(D),
+        initial_state=None if initial_states is None else initial_states.reshape(b, g, -1, n),
+    )
+    y = y.transpose(1, 2).reshape(b, l, h, p)
+    y = y if z is None else (y * F.silu(z.to(y.dtype))).to(x.dtype)
+    return (y, last.reshape(b, h, p, n)) if return_final_states else y
 
 
 def causal_conv1d_fn(

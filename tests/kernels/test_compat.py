@@ -13,7 +13,7 @@ from tolerance import TOLERANCE, error
 from torch import Tensor
 
 from vssm.kernels import selective_scan
-from vssm.kernels.compat import causal_conv1d_fn, selective_scan_fn
+from vssm.kernels.compat import causal_conv1d_fn, mamba_chunk_scan_combined, selective_scan_fn
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "selective_scan"
 
@@ -53,6 +53,67 @@ def test_causal_conv1d_is_the_published_function(case):
     inputs = {name: array(spec).requires_grad_() for name, spec in case["inputs"].items()}
     outputs = causal_conv1d_fn(**inputs, activation=case["options"]["activation"], return_final_states=True)
     check(case, outputs, inputs)
+
+
+def slow_chunk_scan(x, dt, A, B, C, D, z, dt_bias, h, softplus):
+    """One step at a time, a matrix (p, n) of states for each head."""
+    dt = dt + dt_bias
+    dt, group, out = (torch.nn.functional.softplus(dt) if softplus else dt.relu()), x.shape[2] // B.shape[2], []
+    B, C = (t.repeat_interleave(group, 2) for t in (B, C))
+    for t in range(x.shape[1]):
+        h = (A * dt[:, t]).exp()[..., None, None] * h
+        h = h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        out.append((h * C[:, t, :, None]).sum(-1) + D * x[:, t])
+    return torch.stack(out, 1) * torch.nn.functional.silu(z), h
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize(("b", "l", "h", "p", "g", "n"), [(2, 7, 6, 3, 2, 5), (1, 4, 4, 4, 4, 1), (3, 1, 2, 1, 1, 4)])
+def test_the_scan_of_mamba_2(b, l, h, p, g, n, softplus):
+    """Lengths that no chunk divides, a D for each channel, a first state; dt below 0 counts as 0 without softplus."""
+    torch.manual_seed(0)
+    shapes = [(b, l, h, p), (b, l, h), (h,), (b, l, g, n), (b, l, g, n), (h, p), (b, l, h, p), (h,), (b, h, p, n)]
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    inputs[2] = -inputs[2].abs()
+    x, dt, A, B, C, D, z, bias, state = (t.requires_grad_() for t in inputs)
+    found = mamba_chunk_scan_combined(x, dt, A, B, C, 4, D, z, bias, state, dt_softplus=softplus,
+                                      return_final_states=True)  # fmt: skip
+    expected = slow_chunk_scan(x, dt, A, B, C, D, z, bias, state, softplus)
+    weights = [torch.randn_like(t) for t in expected]
+    gradients = []
+    for y, wanted in zip(found, expected, strict=True):
+        assert error(y, wanted) < TOLERANCE[torch.float64]
+    for outputs in (found, expected):
+        loss = sum((y * weight).sum() for y, weight in zip(outputs, weights))
+        gradients.append(torch.autograd.grad(loss, inputs))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_scan_of_mamba_2_has_a_d_for_each_head_and_bounds_of_dt():
+    x, dt, B = torch.randn(2, 5, 4, 3), torch.rand(2, 5, 4), torch.randn(2, 5, 2, 6)
+    A, D = -torch.rand(4), torch.randn(4)
+    y = mamba_chunk_scan_combined(x, dt, A, B, B, D=D, dt_limit=(0.2, 0.6))
+    assert torch.equal(y, mamba_chunk_scan_combined(x, dt.clamp(0.2, 0.6), A, B, B, D=D[:, None].expand(4, 3)))
+    half = mamba_chunk_scan_combined(x.bfloat16(), dt, A, B.bfloat16(), B.bfloat16(), z=x.bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seq_idx": torch.zeros(2, 5)}, "seq_idx and cu_seqlens must be None"),
+        ({"B": torch.zeros(2, 5, 3, 6)}, r"with g a divisor of h, got \(2, 5, 4, 3\), \(2, 5, 3, 6\)"),
+        ({"A": torch.zeros(4, 6)}, r"A must be \(4,\), got \(4, 6\)"),
+        ({"D": torch.zeros(3)}, r"D must be \(4,\) or \(4, 3\), got \(3,\)"),
+        ({"initial_states": torch.zeros(2, 4, 6, 3)}, r"initial_states must be \(2, 4, 3, 6\), got \(2, 4, 6, 3\)"),
+    ],
+)
+def test_the_scan_of_mamba_2_refuses_what_does_not_fit(changed, message):
+    B = changed.get("B", torch.zeros(2, 5, 2, 6))
+    given = {"x": torch.zeros(2, 5, 4, 3), "dt": torch.zeros(2, 5, 4), "A": torch.zeros(4), "C": B, **changed, "B": B}
+    with pytest.raises(ValueError, match="mamba_chunk_scan_combined: .*" + message):
+        mamba_chunk_scan_combined(**given)
 
 
 def test_half_precision_is_gated_before_it_is_rounded():

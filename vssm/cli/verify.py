@@ -25,7 +25,7 @@ from vssm.checkpoints import load_state
 from vssm.cli import _golden as golden
 from vssm.kernels import use_backend
 from vssm.kernels.backends import BACKENDS
-from vssm.kernels.compat import causal_conv1d_fn, selective_scan_fn
+from vssm.kernels.compat import causal_conv1d_fn, mamba_chunk_scan_combined, selective_scan_fn
 from vssm.models import variant as rows
 from vssm.models.keys import to_published
 from vssm.scans import published as scans
@@ -252,9 +252,15 @@ def _causal_conv1d(options: dict[str, Any], **inputs: Tensor) -> dict[str, Tenso
     return {"out": y, "final_states": last}
 
 
+def _mamba2_ssd(options: dict[str, Any], **inputs: Any) -> dict[str, Tensor]:
+    y, last = mamba_chunk_scan_combined(**inputs, dt_softplus=options["dt_softplus"], return_final_states=True)
+    return {"y": y, "final_state": last}
+
+
 OPERATORS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "selective_scan": _selective_scan,
     "causal_conv1d": _causal_conv1d,
+    "mamba2_ssd": _mamba2_ssd,
 }
 
 
