@@ -161,7 +161,7 @@ def test_rotary_embedding_without_the_residual_turns_what_blocks_add():
     tokens, grid = model.embed(x)
     hidden, residual = tokens, 0
     for block in model.blocks:
-        hidden = model.rope.turn(hidden, grid)
+        hidden = model.rope(hidden, grid)
         residual = residual + hidden
         hidden = block.mixer(block.norm(residual), grid)
     expected = model.head(model.norm(residual + hidden)[:, -1])

@@ -1,4 +1,4 @@
-"""The residual block of VMamba around any mixer."""
+"""Residual blocks around any mixer: of maps, as in VMamba, and of tokens, as in Vim."""
 
 from __future__ import annotations
 
@@ -47,3 +47,40 @@ class MixerBlock(nn.Module):
 
     def apply_mlp(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         return self.mlp(x)
+
+
+class TokenBlock(nn.Module):
+    """Norm, mix, add. (B, L, C) tokens in and out; ``grid`` is that of the patches among them.
+
+    Args:
+        norm, mixer: Of tokens; the mixer knows the grid.
+        drop_path: Rate of stochastic depth.
+        layer_scale: Scales what the mixer returns.
+        turn_in, turn_out: Rotary embedding of the stream before the block, and of what the block adds.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        mixer: nn.Module,
+        drop_path: float = 0.0,
+        *,
+        layer_scale: nn.Module | None = None,
+        turn_in: nn.Module | None = None,
+        turn_out: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.norm, self.mixer, self.layer_scale = norm, mixer, layer_scale
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.turn_in, self.turn_out = turn_in, turn_out
+
+    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        return self.step(x, grid)[2]
+
+    def step(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream as the block reads it, the branch that it makes of it, and the stream behind it."""
+        x = x if self.turn_in is None else self.turn_in(x, grid)
+        branch = self.mixer(self.norm(x), grid)
+        branch = branch if self.layer_scale is None else self.layer_scale(branch)
+        added = self.drop_path(branch)
+        return x, branch, x + (added if self.turn_out is None else self.turn_out(added, grid))

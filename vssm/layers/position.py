@@ -133,7 +133,19 @@ class Rotary(nn.Module):
         angle = axial_angles(rows, columns, self.dim)
         self.cos, self.sin = angle.cos().to(self.cos), angle.sin().to(self.sin)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """``grid``: not looked at here, where the table is of one grid."""
         still, x = x[:, : self.skip], x[:, self.skip :]
         turned = apply_rot_embed(x, self.sin, self.cos)
         return torch.cat([still, turned], 1) if self.skip else turned
+
+
+def turns(rotary: Rotary | None, rope: str | None, i: int, depth: int) -> tuple[Rotary | None, Rotary | None]:
+    """What turns the stream before block i of ``depth`` blocks, and what turns the branch that it adds.
+
+    ``rope`` is ``"stream"``: the whole stream turns before each block; or ``"block"``: only what the last block added,
+    and before the first one all of it.
+    """
+    if rope == "stream":
+        return rotary, None
+    return rotary if i == 0 else None, rotary if i < depth - 1 else None

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.fx
 from timm.layers import (
-    DropPath,
     LayerNorm,
     RmsNorm,
     apply_rot_embed,
@@ -20,6 +19,7 @@ from timm.layers import (
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from vssm.layers.block import TokenBlock
 from vssm.layers.init import linear_like_transformers, ssm_like_transformers
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.local_mixer import Directions, local_mixers
@@ -32,6 +32,7 @@ from vssm.layers.position import (
     insert_class_tokens,
     positions,
     resize_tokens,
+    turns,
 )
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.backbone import TrunkMaps
@@ -68,7 +69,8 @@ class ResizedRotary(Rotary):
         self.grid = tuple(grid)
         super().set_grid(grid)
 
-    def turn(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        grid = self.grid if grid is None else grid
         sin, cos = (positions(table[None], self.grid, grid)[0] for table in (self.sin, self.cos))
         return apply_rot_embed(x, sin, cos)
 
@@ -82,35 +84,6 @@ def check_grid(grid: Sequence[int], own: Sequence[int], patch_size: int) -> None
             f"patches of {patch_size} pixels, got {grid[0]} x {grid[1]}; create the model with img_size=, or call "
             "set_input_size"
         )
-
-
-class LocalVimBlock(nn.Module):
-    """Norm, mix, add. (B, L, C) tokens in and out.
-
-    With rotary embedding, ``turn_in`` turns the stream before the block, ``turn_out`` what the block adds.
-    """
-
-    def __init__(
-        self,
-        mixer: nn.Module,
-        norm: nn.Module,
-        drop_path: float = 0.0,
-        turn_in: ResizedRotary | None = None,
-        turn_out: ResizedRotary | None = None,
-    ):
-        super().__init__()
-        self.norm, self.mixer, self.turn_in, self.turn_out = norm, mixer, turn_in, turn_out
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        return self.step(x, grid)[2]
-
-    def step(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The stream as the block reads it, the branch that it makes of it, and the stream behind it."""
-        x = x if self.turn_in is None else self.turn_in.turn(x, grid)
-        branch = self.mixer(self.norm(x), grid)
-        added = self.drop_path(branch)
-        return x, branch, x + (added if self.turn_out is None else self.turn_out.turn(added, grid))
 
 
 class LocalVim(Isotropic):
@@ -170,10 +143,10 @@ class LocalVim(Isotropic):
         make_mixer = local_mixers(scan, scan_options, directions, depth, "sequence", class_token=class_token)
         self.blocks = nn.ModuleList()
         for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
-            turns = {"stream": (True, False), "block": (i == 0, i < depth - 1), None: (False, False)}[rope]
-            turn_in, turn_out = (self.rope if turn else None for turn in turns)
+            turn_in, turn_out = turns(self.rope, rope, i, depth)
             block_norm = TOKEN_NORMS[norm](embed_dim, eps=EPS)
-            self.blocks.append(LocalVimBlock(make_mixer(i, embed_dim), block_norm, rate, turn_in, turn_out))
+            mixer = make_mixer(i, embed_dim)
+            self.blocks.append(TokenBlock(block_norm, mixer, rate, turn_in=turn_in, turn_out=turn_out))
         self.norm = NORMS[norm](embed_dim, eps=EPS)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = linear_head(embed_dim, num_classes)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.fx
 from timm.layers import (
-    DropPath,
     LayerNorm,
     LayerScale,
     RmsNorm,
@@ -25,6 +24,7 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
+from vssm.layers.block import TokenBlock
 from vssm.layers.layout import to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
 from vssm.layers.norm import TOKEN_NORMS
@@ -36,6 +36,7 @@ from vssm.layers.position import (
     insert_class_tokens,
     resize_tokens,
     split_class_tokens,
+    turns,
 )
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.backbone import pyramid, quarters, run_blocks, run_features
@@ -49,36 +50,6 @@ EPS = 1e-5
 torch.fx.wrap("resize_tokens")
 NORMS = {"rms": RmsNorm, "layer": LayerNorm}
 POOLS = ("token", "avg", "last", "logit_max", "")
-
-
-class VimBlock(nn.Module):
-    """Norm, mix, add. (B, L, C) tokens in and out; ``grid`` is that of the patches.
-
-    With rotary embedding, ``turn_in`` turns the stream before the block, ``turn_out`` what the block adds.
-    """
-
-    def __init__(
-        self,
-        mixer: nn.Module,
-        norm: nn.Module,
-        layer_scale: nn.Module,
-        drop_path: float = 0.0,
-        turn_in: nn.Module | None = None,
-        turn_out: nn.Module | None = None,
-    ):
-        super().__init__()
-        self.norm, self.mixer, self.layer_scale = norm, mixer, layer_scale
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.turn_in, self.turn_out = turn_in or nn.Identity(), turn_out or nn.Identity()
-
-    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        return self.step(x, grid)[2]
-
-    def step(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The stream as the block reads it, the branch that it makes of it, and the stream behind it."""
-        x = self.turn_in(x)
-        branch = self.layer_scale(self.mixer(self.norm(x), grid))
-        return x, branch, x + self.turn_out(self.drop_path(branch))
 
 
 class Vim(Isotropic):
@@ -151,10 +122,14 @@ class Vim(Isotropic):
                 embed_dim, scan=scan, scan_options=scan_options, expand=expand, d_state=d_state,
                 conv="sequence", conv_size=4, merge=merge, class_token=class_token, shared=shared,
             )  # fmt: skip
-            scale = nn.Identity() if layer_scale is None else LayerScale(embed_dim, layer_scale)
-            turns = {"stream": (True, False), "block": (i == 0, i < depth - 1), None: (False, False)}[rope]
-            turn_in, turn_out = (self.rope if turn else None for turn in turns)
-            self.blocks.append(VimBlock(mixer, TOKEN_NORMS[norm](embed_dim, eps=EPS), scale, rate, turn_in, turn_out))
+            scale = None if layer_scale is None else LayerScale(embed_dim, layer_scale)
+            turn_in, turn_out = turns(self.rope, rope, i, depth)
+            self.blocks.append(
+                TokenBlock(
+                    TOKEN_NORMS[norm](embed_dim, eps=EPS), mixer, rate,
+                    layer_scale=scale, turn_in=turn_in, turn_out=turn_out,
+                )
+            )  # fmt: skip
         self.norm = NORMS[norm](embed_dim, eps=EPS)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = linear_head(embed_dim, num_classes)

@@ -64,5 +64,6 @@ class VimBackbone(TrunkMaps):
         if self.features == "branch":
             return branch
         if i < len(self.trunk.blocks) - 1:
-            return self.trunk.blocks[i + 1].turn_in(x)  # As published: as the next block reads it.
+            turn = self.trunk.blocks[i + 1].turn_in
+            return x if turn is None else turn(x)  # As published: as the next block reads it.
         return branch if self.last == "branch" else self.trunk.norm(x)
