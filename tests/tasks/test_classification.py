@@ -210,6 +210,8 @@ def test_gradients_are_recomputed_and_models_compiled_on_request(monkeypatch):
     task = Classification("test_vit", 2, grad_checkpointing=True, compile=True)
     assert task.model.grad_checkpointing
     assert compiled == [task.model]
+    with pytest.raises(ValueError, match=r"needs a model with set_grad_checkpointing, .* got a Flatten; set model"):
+        Classification(nn.Flatten(), 2, grad_checkpointing=True)
 
 
 def test_a_task_is_restored_from_its_checkpoint(data, tmp_path):

@@ -67,6 +67,22 @@ class Task(LightningModule):
             )
         self.class_names, self._classes_argument = class_names, classes_argument
 
+    def prepare_model(self, grad_checkpointing: bool, compile: bool = False) -> None:
+        """Recompute activations in the backward pass, and compile the model, where that is asked for.
+
+        Raises:
+            ValueError: If the model cannot recompute.
+        """
+        if grad_checkpointing:
+            if not hasattr(self.model, "set_grad_checkpointing"):
+                raise ValueError(
+                    f"{type(self).__name__}: grad_checkpointing needs a model with set_grad_checkpointing, as those of "
+                    f"vssm and timm, got a {type(self.model).__name__}; set model.init_args.grad_checkpointing=false"
+                )
+            cast(Any, self.model).set_grad_checkpointing(True)
+        if compile:
+            self.model.compile()
+
     def forward(self, images: Tensor) -> Any:
         return self.model(images)
 

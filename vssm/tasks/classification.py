@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import timm
 import torch.nn.functional as F
@@ -86,10 +86,7 @@ class Classification(ScoredTask):
         self.save_hyperparameters(ignore=["model"] if isinstance(model, nn.Module) else [])
         if checkpoint_path is not None:
             load_weights(self.model, checkpoint_path, adapt=adapt)
-        if grad_checkpointing:
-            cast(Any, self.model).set_grad_checkpointing(True)
-        if compile:
-            self.model.compile()
+        self.prepare_model(grad_checkpointing, compile)
         self.label_smoothing = label_smoothing
         self.mixup, mixup = None, settings(Mixup, mixup)
         if mixup.mixup_alpha > 0 or mixup.cutmix_alpha > 0:

@@ -83,8 +83,7 @@ class Detection(Task):
             class_names=[str(number) for number in range(num_classes)],
         )  # fmt: skip
         self.save_hyperparameters(ignore=["detector"] if isinstance(detector, nn.Module) else [])
-        if grad_checkpointing:
-            model.set_grad_checkpointing(True)
+        self.prepare_model(grad_checkpointing)
         self.val_precision, self.test_precision = Precision(), Precision()
         self.pictures: list[Shown] = []
 

@@ -97,10 +97,7 @@ class Segmentation(Task):
             load_weights(self.model, checkpoint_path)
         if encoder_weights is not None:
             load_encoder(self.model, encoder_weights)
-        if grad_checkpointing:
-            cast(Any, self.model).set_grad_checkpointing(True)
-        if compile:
-            self.model.compile()
+        self.prepare_model(grad_checkpointing, compile)
         self.frames = getattr(self.model, "frames", 1)
         self.in_channels, self.out_channels = in_channels * self.frames, out_channels
         self.freeze = settings(Freeze, freeze)

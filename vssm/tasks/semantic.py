@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,10 +84,7 @@ class SemanticSegmentation(ScoredTask):
         self.save_hyperparameters(ignore=["model"] if isinstance(model, nn.Module) else [])
         if checkpoint_path is not None:
             load_weights(self.model, checkpoint_path)
-        if grad_checkpointing:
-            cast(Any, self.model).set_grad_checkpointing(True)
-        if compile:
-            self.model.compile()
+        self.prepare_model(grad_checkpointing, compile)
         self.auxiliary_weight, self.window, self.overlap = auxiliary_weight, window, overlap
         self.score_with(_metrics(num_classes))
 
