@@ -33,9 +33,11 @@ def test_a_published_file_with_namespace_and_config_node(tmp_path, legacy):
     assert set(checkpoint.entries) == {"model", "args", "config", "epoch"}
 
 
-def test_an_unknown_class_is_named_and_not_made(tmp_path):
+@pytest.mark.parametrize("zip", [True, False])
+def test_an_unknown_class_is_named_and_not_made(tmp_path, zip):
     """The error says which class the file pickles and how to get rid of it."""
-    torch.save({"model": STATE, "config": Config(a=1)}, tmp_path / "x.pth")
+    content = {"model": STATE, "config": Config(a=1)}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zip)
     with pytest.raises(ValueError, match=r"pickles .*Config, which could run code; save its weights alone"):
         read_checkpoint(tmp_path / "x.pth")
 
@@ -120,6 +122,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         ("x.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "Git LFS pointer"),
         ("x.pth", b"PK\x03\x04 cut off", "damaged or no PyTorch file"),
         ("x.pth", b"", "damaged or no PyTorch file"),
+        ("x.pth", b"# A text", r"got another or a damaged file$"),
         ("x.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{cut off", "no whole safetensors file"),
     ],
 )

@@ -37,6 +37,12 @@ def test_an_unknown_name(name, hint):
         create_model(name)
 
 
+def test_the_other_world_s_name_of_an_argument():
+    """Who knows timm writes num_classes for a segmenter, who knows MONAI in_channels for a classifier."""
+    with pytest.raises(TypeError, match="toy_tiny is for classification, where in_channels is called in_chans"):
+        create_model("toy_tiny", in_channels=1)
+
+
 def test_lists():
     """Names by wildcard, weights, family and licence."""
     assert list_models() == ["toy_base", "toy_small", "toy_tiny"]

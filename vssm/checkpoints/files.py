@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -141,9 +142,11 @@ def _read_pickle(path: Path) -> Any:
         allow_stand_ins()
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        unknown = _unknown_classes(path)
-        if not unknown:
-            raise ValueError(f"read_checkpoint: {path} cannot be unpickled ({_first_line(error)})") from error
+        unknown = _unknown_classes(path) or re.findall(r"GLOBAL ([\w.]+) was not an allowed", str(error))
+        if not unknown:  # not in torch's words, which advise to run whatever the file holds
+            raise ValueError(
+                f"read_checkpoint: {path} must be a checkpoint of PyTorch or safetensors, got another or a damaged file"
+            ) from error
         raise ValueError(
             f"read_checkpoint: {path} pickles {', '.join(unknown)}, which could run code; save its weights alone where "
             "it was made: torch.save(checkpoint['model'], 'weights.pth')"

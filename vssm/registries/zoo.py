@@ -21,6 +21,7 @@ from vssm.models.variant import Variant, variants
 from vssm.scans.registry import Scan, find_scan, scan_rows
 
 PERMISSIVE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc-by-4.0")
+MONAI_NAMES = {"num_classes": "out_channels", "in_chans": "in_channels"}
 TASKS = ("classification", "segmentation", "detection", "pretraining")
 
 
@@ -45,6 +46,7 @@ def create_model(
     7
     """
     row = find(name.partition(".")[0])
+    _check_vocabulary(row, kwargs)
     if pretrained and checkpoint_path is not None:
         raise ValueError("create_model: pretrained=True and checkpoint_path= both say what to load; drop one")
     if row.task != "classification":
@@ -57,6 +59,14 @@ def create_model(
     model = timm.create_model(name, **kwargs)
     load_weights(model, checkpoint_path)
     return model
+
+
+def _check_vocabulary(row: Variant, kwargs: Collection[str]) -> None:
+    """Refuse timm's names for a segmenter, which speaks MONAI, and MONAI's for a classifier."""
+    others = {"segmentation": MONAI_NAMES, "classification": {ours: theirs for theirs, ours in MONAI_NAMES.items()}}
+    for name, right in others.get(row.task, {}).items():
+        if name in kwargs:
+            raise TypeError(f"create_model: {row.name} is for {row.task}, where {name} is called {right}")
 
 
 def _build(
