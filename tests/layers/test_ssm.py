@@ -70,6 +70,29 @@ def test_gradients_are_those_of_its_operations(sets, per_row, options, half, mon
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("sets", "per_row"), [(4, False), (4, True), (1, False)])
+def test_widths_filled_up_for_a_gpu_change_nothing(sets, per_row, half, monkeypatch):
+    """As one node and by operations, beside the CPU in float64."""
+    ssm = SelectiveSSM(32, 4, d_state=5, dt_rank=3, per_row=per_row, shared=sets == 1)
+    table, silu, results = scan_table("cross", (3, 5)), torch.nn.functional.silu, []
+    x = torch.randn(2, 4, 15, 32) if per_row else torch.randn(2, 15, 32)
+    for device, alone in (("cuda", True), ("cuda", False), ("cpu", False)):
+        monkeypatch.setattr(again, "free", lambda alone=alone: alone)
+        moved, leaf = ssm.to(device), x.to(device).requires_grad_()
+        if device == "cpu":
+            moved, leaf = ssm.double(), x.double().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            y = moved(silu(leaf), table.to(device), origin=(silu, [leaf]))
+        results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *moved.parameters()])])
+    bound = 3 * TOLERANCE[torch.bfloat16] if half else 1e-4
+    for one, other, exact in zip(*results, strict=True):
+        assert error(one, exact) < bound
+        assert error(other, exact) < bound
+
+
 def test_keeps_neither_its_input_nor_the_step_sizes():
     """What is as large as they are is what the input was made from."""
     ssm, table = SelectiveSSM(6, 4, d_state=3, dt_rank=2), scan_table("cross", (3, 5))

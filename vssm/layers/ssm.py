@@ -135,17 +135,20 @@ def decay(A_log: Tensor) -> Tensor:
 
 @torch.fx.wrap  # models call project() alone, which timm's registration does not reach
 @register_notrace_function
-def filled(x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights (k, m, d) and (k, d, r) for the matrix units of a GPU, which want rows of 16 bytes.
+def filled(x_proj: Tensor, dt_weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """The weights (k, m, d) and (k, d, r) in ``dtype``, for the matrix units of a GPU, which want rows of 16 bytes.
 
     There ``m`` is filled up to a multiple of 8 with zeros, and ``r`` to ``m``, so that step sizes are made from whole
     rows of what x_proj makes.
     """
+    dtype = dtype or x_proj.dtype
     if not x_proj.is_cuda:
-        return x_proj, dt_weight
-    m = -(-x_proj.shape[1] // 8) * 8
-    x_proj = nn.functional.pad(x_proj, (0, 0, 0, m - x_proj.shape[1])) if m > x_proj.shape[1] else x_proj
-    return x_proj, nn.functional.pad(dt_weight, (0, m - dt_weight.shape[2]))
+        return x_proj.to(dtype), dt_weight.to(dtype)
+    (k, used, d), rank = x_proj.shape, dt_weight.shape[2]
+    m = -(-used // 8) * 8
+    wide, tall = x_proj.new_zeros((k, m, d), dtype=dtype), dt_weight.new_zeros((k, d, m), dtype=dtype)
+    wide[:, :used], tall[..., :rank] = x_proj, dt_weight
+    return wide, tall
 
 
 @torch.fx.wrap
@@ -197,8 +200,8 @@ class _Scan(torch.autograd.Function):
         ctx.how, ctx.dtype, ctx.autocast = how, autocast_dtype(u), again.autocast_now(u.device.type)
         ctx.shapes = [x.shape for x in (x_proj, dt_weight, dt_bias, A_log, D)]
         if ctx.dtype is not None:
-            u, x_proj, dt_weight = u.to(ctx.dtype), x_proj.to(ctx.dtype), dt_weight.to(ctx.dtype)
-        x_proj, dt_weight = filled(x_proj, dt_weight)
+            u = u.to(ctx.dtype)
+        x_proj, dt_weight = filled(x_proj, dt_weight, ctx.dtype)
         low = projected(u, x_proj, how.per_row)
         delta, B, C = parts(low, dt_weight, how.splits)
         if how.shared:
