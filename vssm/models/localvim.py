@@ -166,7 +166,8 @@ class LocalVim(Isotropic):
         lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(ssm_like_transformers)  # As published
+        # As published: the rule for linear layers comes last and overwrites Mamba's step sizes.
+        self.apply(ssm_like_transformers)
         for block in self.blocks:
             weight = block.mixer.out_proj.weight
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

@@ -212,7 +212,8 @@ class PlainMamba(Isotropic):
     def init_weights(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(linear_like_transformers)
-        self.apply(ssm_like_transformers)  # As published
+        # As published: the rule for linear layers comes last and overwrites Mamba's step sizes.
+        self.apply(ssm_like_transformers)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Sequence[int]]:
         x = self.patch_embed(x)

@@ -203,7 +203,8 @@ class Vivim(Segmenter):
         self.out = nn.Conv2d(decoder_dim, out_channels, 1)
         self.edge = nn.Conv2d(dims[0], 1, 1) if edge else None
         self.stages.apply(linear_like_transformers)
-        self.stages.apply(ssm_like_transformers)  # As published
+        # As published: the rule for linear layers comes last and overwrites Mamba's step sizes.
+        self.stages.apply(ssm_like_transformers)
 
     def check(self, x: Tensor) -> None:
         """Refuse clips that the network cannot read.
