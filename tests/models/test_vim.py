@@ -179,11 +179,31 @@ def test_every_path_is_the_forward_pass_of_the_sheet(options, meaning):
         ({"bimamba_type": "v3"}, "bimamba_type='v3'"),
         ({"window": 7}, "arguments window"),
         ({"use_double_cls_token": True, "if_rope": True}, "if_rope with two class tokens"),
+        ({"if_rope": True, "pt_hw_seq_len": 7}, "pt_hw_seq_len=7"),
     ],
 )
 def test_says_what_it_does_not_cover(kwargs, reason):
     with pytest.raises(NotCovered, match=reason):
         published(CLASSIFIER, {**NARROW, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "shape"),
+    [
+        ("vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2", {}, (1, 197, 192)),
+        ("vim_small_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2",
+         {"img_size": (96, 160)}, (1, 11 * 19 + 1, 384)),
+        ("vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2",
+         {"num_classes": 7}, (1, 197, 768)),
+    ],
+)  # fmt: skip
+def test_published_factories_have_a_width_and_a_stride(name, kwargs, shape):
+    with torch.device("meta"):
+        model = published(f"vim/models_mamba.py:{name}", kwargs).model
+    assert model.pos_embed.shape == shape
+    assert model.head.out_features == kwargs.get("num_classes", 1000)
+    with pytest.raises(NotCovered, match="no model of this family"):
+        published("vim/models_mamba.py:vim_huge_patch16_224", {})
 
 
 @pytest.mark.parametrize("size", [(224, 224), (230, 239), (96, 160)], ids=str)

@@ -32,6 +32,7 @@ from vssm.layers.parts import check_choice
 from vssm.layers.patch import PatchEmbed
 from vssm.layers.position import (
     CLASS_TOKENS,
+    ROTARY_GRID,
     Rotary,
     insert_class_tokens,
     resize_tokens,
@@ -310,11 +311,14 @@ DEFAULTS = {
     "if_rope": False, "if_rope_residual": False, "bimamba_type": "v2", "if_cls_token": True, "if_divide_out": True,
     "use_middle_cls_token": True, "use_double_cls_token": False, "init_layer_scale": None,
 }  # fmt: skip
-UNCHANGED = {"ssm_cfg": None, "if_bidirectional": False, "if_bimamba": False, "flip_img_sequences_ratio": -1.0}
-ELSEWHERE = {  # change no output: training, precision, fused or not
-    "drop_rate", "drop_path_rate", "fused_add_norm", "residual_in_fp32", "pretrained", "pt_hw_seq_len", "ft_seq_len",
-    "use_checkpoint",
+UNCHANGED = {
+    "ssm_cfg": None, "if_bidirectional": False, "if_bimamba": False, "flip_img_sequences_ratio": -1.0,
+    "pt_hw_seq_len": ROTARY_GRID,
 }  # fmt: skip
+ELSEWHERE = {  # change no output: training, precision, fused or not
+    "drop_rate", "drop_path_rate", "fused_add_norm", "residual_in_fp32", "pretrained", "ft_seq_len", "use_checkpoint",
+}  # fmt: skip
+FACTORIES = {f"vim_{size}_": {"embed_dim": dim} for size, dim in (("tiny", 192), ("small", 384), ("base", 768))}
 FINAL_POOLS = {"none": "last", "mean": "avg", "max": "logit_max", "all": ""}
 DIRECTIONS: dict[str, dict[str, Any]] = {
     "v2": {"scan": "bidirectional"},
@@ -361,9 +365,11 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
         return _published_backbone(kwargs)
     if name == "VisionMambaDet":
         return _published_detector(kwargs)
-    if not (name == "VisionMamba" or name.startswith("vim_")):
+    factory = next((start for start in FACTORIES if name.startswith(start)), None)
+    if name != "VisionMamba" and factory is None:
         raise NotCovered(f"entry {entry!r} is no model of this family")
-    ours = translate(kwargs)
+    implied = {**FACTORIES[factory], "stride": 8 if "_stride8_" in name else 16} if factory else {}
+    ours = translate({**implied, **kwargs})
     rules = keys(kwargs.get("bimamba_type", "v2"))
     if ours["class_token"] == "ends":
         rules = [*rules, rename(r"^cls_token_head$", "cls_token")]
@@ -380,7 +386,7 @@ def _published_backbone(kwargs: Mapping[str, Any]) -> Published:
     given |= {**shifted, "final_pool_type": "mean"}
     features = "stream" if own.get("use_residual_as_feature", False) else "branch"
     last = {"none": "branch", "add": "stream", "add & norm": "norm"}[own.get("last_layer_process", "none")]
-    model = VimBackbone(Vim(**translate(given)), own.get("out_indices", (3, 5, 7, 11)), features, last)
+    model = VimBackbone(Vim(**translate(given)), sorted(own.get("out_indices", (3, 5, 7, 11))), features, last)
     # As published: the size of the patches chooses the pyramid, not their stride.
     model.pyramid = nn.ModuleList(pyramid(model.trunk.embed_dim, given.get("patch_size", 16)))
     rules = [
