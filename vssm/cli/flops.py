@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vssm.cli._tables import text_table
 from vssm.models.variant import Variant
-from vssm.registries.zoo import find
+from vssm.registries.zoo import find, parameters
 
 __all__ = ["PUBLISHED", "Flops", "Uncounted", "count", "flops_of", "input_shape", "input_size", "main"]
 
@@ -174,9 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"vssm flops: {error}", file=sys.stderr)
         return 2
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in row.build().parameters())
-    print(f"{row.name}, input {'×'.join(map(str, shape))}, {parameters / 1e6:.2f} M parameters")
+    print(f"{row.name}, input {'×'.join(map(str, shape))}, {parameters(row.name) / 1e6:.2f} M parameters")
     print(text_table([("operation", "GFLOPs", ""), *_lines(found.operations, found.total)]))
     if args.by_module:
         costs = {name: sum(operations.values()) for name, operations in found.modules.items()}

@@ -328,7 +328,13 @@ class Composer:
     masks: bool
     mode: str
 
-    SIDE, COUNT, SIDES, BRIGHT, COVERED, NOISE, TRIES = 128, (1, 8), (16, 48), 80, 0.25, 12.0, 20
+    SIDE = 128                  # of a scene in pixels
+    COUNT = (1, 8)              # digits in it
+    SIDES = (16, 48)            # of a digit in pixels
+    BRIGHT = 80                 # the digit is where it is brighter
+    COVERED = 0.25              # share of the smaller of two boxes that both may have in common
+    NOISE = 12.0                # its standard deviation, of 255
+    TRIES = 20                  # places that are tried for a digit
 
     def __call__(self, index: int) -> tuple[Image.Image, Objects]:
         key = (self.split, index) if self.split is not None else torch.randint(2**62, (2,)).tolist()
