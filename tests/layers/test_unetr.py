@@ -12,18 +12,19 @@ from vssm.layers.unetr import ResidualBlock, UpBlock
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize(("dim", "out"), [(3, 5), (4, 4)])
-def test_blocks_are_those_of_monai(spatial_dims, dim, out):
+@pytest.mark.parametrize("res_block", [True, False])
+def test_blocks_are_those_of_monai(spatial_dims, dim, out, res_block):
     blocks = pytest.importorskip("monai.networks.blocks")
-    common = dict(kernel_size=3, norm_name="instance", res_block=True)
+    common = dict(kernel_size=3, norm_name="instance", res_block=res_block)
     theirs = blocks.UnetrBasicBlock(spatial_dims, dim, out, stride=1, **common).double()
-    ours = ResidualBlock(spatial_dims, dim, out).double()
+    ours = ResidualBlock(spatial_dims, dim, out, res_block).double()
     state = {key.removeprefix("layer.").replace(".conv.", "."): value for key, value in theirs.state_dict().items()}
     ours.load_state_dict(state)
     x = torch.randn(2, dim, *(4, 6, 2)[:spatial_dims], dtype=torch.double)
     assert error(ours(x), theirs(x)) < TOLERANCE[torch.float64]
 
     theirs = blocks.UnetrUpBlock(spatial_dims, dim, out, upsample_kernel_size=2, **common).double()
-    up = UpBlock(spatial_dims, dim, out).double()
+    up = UpBlock(spatial_dims, dim, out, res_block).double()
     names = {"transp_conv.conv.": "up.", "conv_block.": "block.", ".conv.weight": ".weight"}
     state = {}
     for key, value in theirs.state_dict().items():

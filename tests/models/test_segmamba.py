@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import vssm
 from vssm.cli import verify
 from vssm.layers import again
-from vssm.models.keys import to_published
+from vssm.models.keys import published_shapes, shapes_of, to_published
 from vssm.models.segmamba import SLICES, SegMamba, published
 from vssm.models.variant import NotCovered
 
@@ -163,6 +163,13 @@ def test_starts_with_the_published_distributions():
     dt = F.softplus(ssm.dt_bias)
     assert dt.min() >= 1e-4
     assert dt.max() <= 0.11
+
+
+def test_blocks_of_the_decoder_may_be_plain():
+    built = published(ENTRY, {"depths": [0, 0, 0, 0], "feat_size": [4, 6, 8, 8], "hidden_size": 8, "res_block": False})
+    assert "encoder2.layer.conv2.conv.weight" in published_shapes(shapes_of(built.model), built.keys)
+    assert not any("conv3" in name for name, _ in built.model.named_parameters())
+    assert built.model(torch.randn(1, 1, 32, 32, 32)).shape == (1, 13, 32, 32, 32)
 
 
 @pytest.mark.parametrize(

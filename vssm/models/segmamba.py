@@ -13,6 +13,7 @@ uncertainty is estimated; the MLP is no part of the trunk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -106,6 +107,7 @@ class SegMamba(Segmenter):
         depths: Blocks of each stage.
         features: Channels of each stage; the first is the width at full resolution too.
         hidden_size: Channels at the lowest resolution of the decoder.
+        res_block: Residuals in the blocks of the decoder, as in MONAI.
         d_state, expand: States and expansion of the mixers.
         scan, scan_options: A registered order.
         slices: Of the inter-slice order, for each stage; None takes the depth of the stage's map, so that a slice is a
@@ -123,6 +125,7 @@ class SegMamba(Segmenter):
         depths: Sequence[int] = (2, 2, 2, 2),
         features: Sequence[int] = (48, 96, 192, 384),
         hidden_size: int = 768,
+        res_block: bool = True,
         d_state: int = 16,
         expand: float = 2.0,
         scan: str = "interslice",
@@ -156,9 +159,10 @@ class SegMamba(Segmenter):
         widths = [*features, hidden_size]
         sources = [in_channels, *features]
         # As published: the block on the first stage's map makes features[1] channels of features[0], and so on.
-        self.skips = nn.ModuleList(ResidualBlock(spatial_dims, i, o) for i, o in zip(sources, widths))
-        self.ups = nn.ModuleList(UpBlock(spatial_dims, i, o) for o, i in pairwise(widths))
-        self.last = ResidualBlock(spatial_dims, features[0], features[0])
+        block, up = (partial(each, spatial_dims, res_block=res_block) for each in (ResidualBlock, UpBlock))
+        self.skips = nn.ModuleList(block(i, o) for i, o in zip(sources, widths))
+        self.ups = nn.ModuleList(up(i, o) for o, i in pairwise(widths))
+        self.last = block(features[0], features[0])
         self.out = conv(features[0], out_channels, 1)
 
     def check_sides(self, sides: tuple[int, ...]) -> None:
@@ -250,8 +254,8 @@ VARIANTS = [
 VARIANTS += twins(VARIANTS)
 
 SAME = {"in_chans": "in_channels", "out_chans": "out_channels", "depths": "depths", "feat_size": "features",
-        "hidden_size": "hidden_size"}  # fmt: skip
-UNCHANGED = {"norm_name": "instance", "res_block": True, "spatial_dims": 3}
+        "hidden_size": "hidden_size", "res_block": "res_block"}  # fmt: skip
+UNCHANGED = {"norm_name": "instance", "spatial_dims": 3}
 INEFFECTIVE = {"drop_path_rate", "layer_scale_init_value", "conv_block"}  # As published: taken, and not looked at.
 
 

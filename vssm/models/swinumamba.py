@@ -111,6 +111,7 @@ class SwinUMamba(_Supervised):
         spatial_dims, in_channels, out_channels: As in MONAI.
         depths: Blocks of each stage of the encoder.
         features: Channels at full resolution, then those of each stage.
+        res_block: Residuals in the blocks of the decoder, as in MONAI.
         deep_supervision: Return logits of several sizes in training.
         mixer: ``"scan"``, or ``"conv"`` for the twin without Mamba.
         d_state, scan, scan_options: Of the mixers, see ``ScanMixer``.
@@ -127,6 +128,7 @@ class SwinUMamba(_Supervised):
         *,
         depths: Sequence[int] = (2, 2, 9, 2),
         features: Sequence[int] = (48, 96, 192, 384, 768),
+        res_block: bool = True,
         deep_supervision: bool = False,
         mixer: str = "scan",
         d_state: int = 16,
@@ -145,7 +147,7 @@ class SwinUMamba(_Supervised):
             INSTANCE_NORMS[spatial_dims](first, affine=True),
         )
         self.encoder = Encoder(first, dims, depths, 2, make_mixer, drop_path_rate, spatial_dims)
-        block, up = partial(ResidualBlock, spatial_dims), partial(UpBlock, spatial_dims)
+        block, up = (partial(each, spatial_dims, res_block=res_block) for each in (ResidualBlock, UpBlock))
         # As published: a skip has the channels of the next stage, up to the last but one.
         self.skips = nn.ModuleList(block(i, o) for i, o in zip([in_channels, *features], features))
         self.ups = nn.ModuleList(up(i, o) for i, o in zip([*dims, dims[-1]], features))
@@ -330,10 +332,10 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     return Published(SwinUMambaD(**_translated_d(kwargs)), KEYS_D, _run)
 
 
-SAME = {"in_chans": "in_channels", "out_chans": "out_channels", "feat_size": "features",
+SAME = {"in_chans": "in_channels", "out_chans": "out_channels", "feat_size": "features", "res_block": "res_block",
         "deep_supervision": "deep_supervision"}  # fmt: skip
 WIDTHS = [48, 96, 192, 384, 768]
-UNCHANGED = {"hidden_size": WIDTHS[-1], "norm_name": "instance", "res_block": True, "spatial_dims": 2}
+UNCHANGED = {"hidden_size": WIDTHS[-1], "norm_name": "instance", "spatial_dims": 2}
 IGNORED = {"drop_path_rate", "layer_scale_init_value"}  # by the published Swin-UMamba
 
 
