@@ -109,9 +109,9 @@ def test_the_command_prints_operations_modules_and_the_figure_of_papers(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["vmamba_tinny"], "no model named 'vmamba_tinny'; did you mean vmamba_tiny"),
+        (["vmamba_tinny"], "vssm flops: no model named 'vmamba_tinny'; did you mean vmamba_tiny"),
         (["vmamba_tiny", "--size", "1", "2", "3"], "takes 2 sizes from 1, or one for all sides, got [1, 2, 3]"),
-        (["vmamba_tiny", "--size", "0"], "takes 2 sizes from 1"),
+        (["vmamba_tiny", "--size", "0"], "vssm flops: vmamba_tiny takes 2 sizes from 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(argv, message, capsys):

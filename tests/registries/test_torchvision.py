@@ -239,7 +239,7 @@ def test_the_pyramid_may_have_norms(norm):
     [
         ("retinanett", "test_vmamba", {}, "no detector named 'retinanett'; did you mean retinanet"),
         ("fcos", None, {}, "fcos needs a backbone"),
-        ("fcos", "vmamba_tinny", {}, "no model named 'vmamba_tinny'; did you mean vmamba_tiny"),
+        ("fcos", "vmamba_tinny", {}, "create_detector: no model named 'vmamba_tinny'; did you mean vmamba_tiny"),
         ("fcos", "mamba_yolo_t", {}, "must be a classifier of the zoo, mamba_yolo_t does detection"),
         ("fcos", "test_vmamba", {"num_classes": 1}, "num_classes must be 2 or more"),
         ("fcos", "test_vmamba", {"box_score_thresh": 0.1}, "fcos takes no box_score_thresh; it takes anchor_generator"),

@@ -48,7 +48,7 @@ def convert(
     Raises:
         ValueError: If the file does not fit the model; nothing is written then.
     """
-    variant = find(model)
+    variant = find(model, "--model")
     checkpoint = read_checkpoint(source, key=key, prefix=prefix)
     try:
         network = variant.build(**kwargs)

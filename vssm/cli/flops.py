@@ -104,7 +104,7 @@ def flops_of(name: str, size: Sequence[int] | None = None, *, batch: int = 1, ba
     >>> round(flops_of("vmamba_tiny").as_papers_count / 1e9, 2)        # published: 4.9
     4.88
     """
-    row = find(name)
+    row = find(name, "flops")
     shape = input_shape(row, size, batch)
     fits = {"img_size": shape[2:]} if row.fixed_input_size and size is not None else {}
     with torch.device("meta"):
@@ -168,11 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=2, help="of the modules shown, 2 by default")
     args = parser.parse_args(argv)
     try:
-        row = find(args.name)
+        row = find(args.name, "flops")
         shape = input_shape(row, args.size, args.batch)
         found = flops_of(args.name, args.size, batch=args.batch, backward=args.backward)
     except ValueError as error:
-        print(f"vssm flops: {error}", file=sys.stderr)
+        print(f"vssm flops: {str(error).removeprefix('flops: ')}", file=sys.stderr)
         return 2
     print(f"{row.name}, input {'×'.join(map(str, shape))}, {parameters(row.name) / 1e6:.2f} M parameters")
     print(text_table([("operation", "GFLOPs", ""), *_lines(found.operations, found.total)]))

@@ -127,7 +127,7 @@ def backbone(
     Raises:
         ValueError: If there is no such classifier, or a file does not fit.
     """
-    if find(model.partition(".")[0]).task != "classification":
+    if find(model.partition(".")[0], "VSSMBackbone").task != "classification":
         raise ValueError(f"VSSMBackbone: model must name a classifier of the zoo, got {model!r}")
     classifier = create_model(model, pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
     maps = as_backbone(classifier, **({} if out_indices is None else {"out_indices": out_indices}))

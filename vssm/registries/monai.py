@@ -45,7 +45,7 @@ def classifier(model: str, spatial_dims: int, in_channels: int, pretrained: bool
     Raises:
         ValueError: If there is no such classifier, or none of these dimensions.
     """
-    row = find(model)
+    row = find(model, "monai")
     if row.task != "classification":
         raise ValueError(f"monai: the backbone must be a classifier of the zoo, got {model!r}")
     if spatial_dims not in (2, 3):

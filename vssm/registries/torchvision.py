@@ -164,7 +164,7 @@ def _classifier(
                 f"got a {type(backbone).__name__}; build it with them"
             )
         return backbone
-    row = find(backbone.partition(".")[0])
+    row = find(backbone.partition(".")[0], "create_detector")
     if row.task != "classification":
         raise ValueError(f"create_detector: the backbone must be a classifier of the zoo, {backbone} does {row.task}")
     options = dict(kwargs or {})

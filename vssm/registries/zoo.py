@@ -93,18 +93,18 @@ def _build(
     return model
 
 
-def find(name: str) -> Variant:
-    """The row of that name.
+def find(name: str, who: str = "create_model") -> Variant:
+    """The row of that name, for ``who`` asks.
 
     Raises:
-        ValueError: If there is none; the message suggests the nearest names.
+        ValueError: If there is none; the message begins with who asks and suggests the nearest names.
     """
     known = variants()
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "list_models() names them"
-    raise ValueError(f"create_model: no model named {name!r}; {hint}")
+    raise ValueError(f"{who}: no model named {name!r}; {hint}")
 
 
 def list_models(

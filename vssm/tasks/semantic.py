@@ -153,7 +153,7 @@ def _build(
                 f"name, got a {type(model).__name__}; give its arguments under model.init_args.model.init_args"
             )
         return model
-    row = find(model.partition(".")[0])
+    row = find(model.partition(".")[0], "SemanticSegmentation")
     if row.task != "segmentation":
         raise ValueError(
             f"SemanticSegmentation: {model} is for {row.task}; vssm.list_models(task='segmentation') names segmenters"
