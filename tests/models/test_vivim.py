@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from vssm.checkpoints import load_state
 from vssm.cli import verify
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.mlp import ConvMlp
 from vssm.models.keys import to_published
 from vssm.models.variant import NotCovered, variants
-from vssm.models.vivim import ConvMlp, MixerLayer, ReducedAttention, Vivim, published
+from vssm.models.vivim import MixerLayer, ReducedAttention, Vivim, published
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "vivim"
 ENTRY = "modeling/vivim.py:Vivim"
@@ -161,7 +162,7 @@ def test_layers_are_residual():
     layer, x = MixerLayer(8, ScanMixer(8, scan="raster"), 2), torch.randn(2, 6, 8)
     mixed = x + layer.mixer(layer.norm1(x), (2, 3))
     assert torch.allclose(layer(x, (2, 3)), mixed + layer.mlp(layer.norm2(mixed), (2, 3)), atol=1e-6)
-    assert ConvMlp(4, 3)(torch.randn(1, 12, 4), (2, 2, 3)).shape == (1, 12, 4)
+    assert ConvMlp(4, 6, 3)(torch.randn(1, 12, 4), (2, 2, 3)).shape == (1, 12, 4)
 
 
 def test_the_published_options_are_ours():

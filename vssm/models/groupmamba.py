@@ -17,9 +17,9 @@ import torch
 from timm.layers import DropPath, LayerNorm, Mlp, SelectAdaptivePool2d
 from torch import Tensor, nn
 
-from vssm.layers.conv import depthwise
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map, to_map, to_tokens
+from vssm.layers.mlp import ConvMlp
 from vssm.layers.norm import ChannelNorm, TokenNorm
 from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.models.backbone import run_classifier
@@ -151,18 +151,6 @@ class GroupMixer(nn.Module):
         # As published: a product with the input, not a sum; then the same norm again.
         y = self.groups(x, grid) * self.skip_scale * x * affinity
         return self.proj(self.norm(y))
-
-
-class ConvMlp(nn.Module):
-    """An MLP with a depthwise convolution over the grid before its activation. (B, L, C) tokens in and out."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.conv, self.act = depthwise(hidden, 3), nn.GELU()
-
-    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        return self.fc2(self.act(over_map(self.conv, self.fc1(x), grid)))
 
 
 class GroupMambaBlock(nn.Module):

@@ -19,10 +19,11 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from vssm.layers.conv import ConvMixer, depthwise
+from vssm.layers.conv import ConvMixer
 from vssm.layers.init import linear_like_transformers, ssm_like_transformers
 from vssm.layers.layout import over_map, over_tokens, to_map, to_tokens
 from vssm.layers.mixer import ScanMixer
+from vssm.layers.mlp import ConvMlp
 from vssm.layers.parts import chosen
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.keys import Rule, also, drop, rename
@@ -67,25 +68,13 @@ class ReducedAttention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
-class ConvMlp(nn.Module):
-    """An MLP with a depthwise convolution of its hidden map. (N, L, C) tokens in and out."""
-
-    def __init__(self, dim: int, spatial_dims: int, ratio: int = 4):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, ratio * dim), nn.Linear(ratio * dim, dim)
-        self.conv, self.act = depthwise(ratio * dim, 3, spatial_dims), nn.GELU()
-
-    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        return self.fc2(self.act(over_map(self.conv, self.fc1(x), grid)))
-
-
 class MixerLayer(nn.Module):
     """Norm, mix, add; norm, MLP, add. (N, L, C) tokens in and out; mixer and MLP know the grid."""
 
     def __init__(self, dim: int, mixer: nn.Module, spatial_dims: int, drop_path: float = 0.0):
         super().__init__()
         self.norm1, self.mixer = nn.LayerNorm(dim), mixer
-        self.norm2, self.mlp = nn.LayerNorm(dim), ConvMlp(dim, spatial_dims)
+        self.norm2, self.mlp = nn.LayerNorm(dim), ConvMlp(dim, 4 * dim, spatial_dims)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:

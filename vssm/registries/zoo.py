@@ -94,10 +94,10 @@ def _build(
 
 
 def find(name: str, who: str = "create_model") -> Variant:
-    """The row of that name, for ``who`` asks.
+    """The row of that name, which ``who`` asks for.
 
     Raises:
-        ValueError: If there is none; the message begins with who asks and suggests the nearest names.
+        ValueError: If there is none; the message begins with ``who`` and suggests the nearest names.
     """
     known = variants()
     if name in known:
