@@ -54,7 +54,10 @@ def test_rows_choose_parameters():
 @pytest.mark.parametrize("options", [{}, {"merge": None}, {"write": "steps"}], ids=str)
 @pytest.mark.parametrize(("sets", "per_row"), [(4, False), (4, True), (1, False)])
 def test_gradients_are_those_of_its_operations(sets, per_row, options, half, monkeypatch):
-    """As one node of the graph, which makes its input again, and by operations, as compilers see it: bit for bit."""
+    """As one node of the graph, which makes its input again, and by operations, as compilers see it: bit for bit.
+
+    Under autocast the one node sums the gradients of its weights over samples in float32, which is no less exact.
+    """
     ssm = SelectiveSSM(6, 4, d_state=3, dt_rank=2, per_row=per_row, shared=sets == 1)
     table = scan_table("cross", (3, 5))
     x = torch.randn(2, 4, 15, 6) if per_row else torch.randn(2, 15, 6)
@@ -67,7 +70,10 @@ def test_gradients_are_those_of_its_operations(sets, per_row, options, half, mon
             y = ssm(silu(x), table, z, origin=(silu, [x]), **options)
         leaves = [x, *([] if z is None else [z]), *ssm.parameters()]
         results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*results, strict=True))
+    of_weights = [x is ssm.x_proj or x is ssm.dt_weight for x in (None, *leaves)]  # None: y
+    for summed, a, b in zip(of_weights, *results, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b) or (half and summed and error(a, b) < TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.gpu

@@ -128,7 +128,10 @@ def test_has_as_many_stages_as_depths():
 
 @pytest.mark.parametrize("half", [False, True])
 def test_what_is_made_again_is_what_was(half, monkeypatch):
-    """Gradients are those of the model that keeps everything, bit for bit."""
+    """Gradients are those of the model that keeps everything, bit for bit.
+
+    But those of an SSM's weights in half precision: where they are made as one, sums over samples are in float32.
+    """
     # oneDNN's gradient of a bfloat16 kernel is not the same twice on a map of two cells, so the lowest has sixteen.
     model, x = SegMamba(depths=(1, 1, 1), features=(4, 6, 8), hidden_size=12), torch.randn(2, 1, 32, 16, 16)
     made, grads = [], []
@@ -138,9 +141,11 @@ def test_what_is_made_again_is_what_was(half, monkeypatch):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             y = model(x)
         y.square().sum().backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
         monkeypatch.setattr(again, "free", lambda: False)
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    for name, grad in grads[0].items():
+        summed = half and name.endswith((".x_proj", ".dt_weight"))
+        assert torch.equal(grad, grads[1][name]) or (summed and error(grad, grads[1][name]) < TOLERANCE[torch.bfloat16])
     assert made
 
 

@@ -198,7 +198,7 @@ class _Scan(torch.autograd.Function):
         dt_bias: Tensor, A_log: Tensor, D: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.how, ctx.dtype, ctx.autocast = how, autocast_dtype(u), again.autocast_now(u.device.type)
-        ctx.shapes = [x.shape for x in (x_proj, dt_weight, dt_bias, A_log, D)]
+        ctx.parameters = [(x.shape, x.dtype) for x in (x_proj, dt_weight, dt_bias, A_log, D)]
         if ctx.dtype is not None:
             u = u.to(ctx.dtype)
         x_proj, dt_weight = filled(x_proj, dt_weight, ctx.dtype)
@@ -232,7 +232,7 @@ class _Scan(torch.autograd.Function):
         du, ddelta, dA, dB, dC, dD, dz, dbias, _ = gradients(ctx.kind, operands, dy)
         if one:
             ddelta, dB, dC = (x.unsqueeze(1) for x in (ddelta, dB, dC))
-        of_x_proj, of_dt_weight, of_bias, of_A, of_D = ctx.shapes
+        of_x_proj, of_dt_weight, (of_bias, _), (of_A, _), (of_D, _) = ctx.parameters
         ddt = times(ddelta, dt_weight)  # zero behind the rank
         pieces = ddt[..., :rank], dB, dC, ddt[..., used:]
         if how.per_row:
@@ -241,10 +241,10 @@ class _Scan(torch.autograd.Function):
         else:
             dlow = torch.cat([x.transpose(1, 2) for x in pieces], -1).flatten(2).flatten(0, 1)
             du_low = (dlow @ x_proj.flatten(0, 1)).view_as(u)
-            dx_proj = (dlow.mT @ u.flatten(0, 1)).view_as(x_proj)
+            dx_proj = (dlow.mT @ u.flatten(0, 1)).view(1, *x_proj.shape)
         return (
             None, None, du.to(given.dtype).add_(du_low), dz,
-            dx_proj[..., :used, :].sum_to_size(of_x_proj), (dt.mT @ ddelta).mT[..., :rank].sum_to_size(of_dt_weight),
+            summed(dx_proj[..., :used, :], *of_x_proj), summed((dt.mT @ ddelta).mT[..., :rank], *of_dt_weight),
             dbias.view(of_bias), (dA * saved[0]).view(of_A), dD.view(of_D),
         )  # fmt: skip
 
@@ -253,6 +253,11 @@ def times(grad: Tensor, weight: Tensor) -> Tensor:
     """grad (b, k, l, i) times weight (k, i, j), laid out as autograd does after a product with weight.mT: same bits."""
     expanded = weight.mT.expand(*grad.shape[:2], -1, -1).flatten(0, 1)
     return torch.bmm(grad.flatten(0, 1), expanded.mT).unflatten(0, grad.shape[:2])
+
+
+def summed(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The sum of gradients (b, k, ·, ·) of the weights of samples, and of rows where they have one set."""
+    return x.sum(0 if x.shape[1] == shape[0] else (0, 1), dtype=dtype).view(shape)
 
 
 _apply = recording(_Scan)
