@@ -136,6 +136,11 @@ def test_what_data_and_checkpoints_refuse_is_said_in_one_line(run, arguments, sa
     assert "Traceback" not in error
 
 
+def test_a_checkpoint_needs_none_of_the_weights_that_training_started_from(run):
+    start = ["--model.init_args.pretrained=true", "--model.init_args.checkpoint_path=gone.pth"]
+    assert main(["validate", "--config", run[1], "--ckpt_path=best", *start]) == 0
+
+
 def test_a_checkpoint_of_another_network_is_told_by_its_arguments(run, capsys):
     assert main(["test", "--config", run[1], "--ckpt_path=best", "--model.init_args.model=test_vit2"]) == 1
     assert "model was test_vit, got test_vit2; use the config.yaml of the run" in capsys.readouterr().err

@@ -132,7 +132,7 @@ def test_images_are_turned_where_asked_for(folder):
 
 def test_errors_of_folders_are_named(folder, tmp_path):
     data = attach(ImageFolder(str(folder), loader=SMALL))
-    with pytest.raises(ValueError, match=r"test must be a folder of classes; .*test_folder"):
+    with pytest.raises(ValueError, match=r"test must be a folder of classes; .*test_folder .*`validate` scores"):
         data.setup("test")
     (folder / "val" / "emu").mkdir()
     with pytest.raises(ValueError, match=r"must be among the 2 of .*, got also emu"):

@@ -43,6 +43,12 @@ def test_the_other_world_s_name_of_an_argument():
         create_model("toy_tiny", in_channels=1)
 
 
+def test_a_licence_that_nobody_uses_is_an_error():
+    """A misspelt licence is not an empty list."""
+    with pytest.raises(ValueError, match=r"license must be one of permissive, .*, got 'commercial-ok'"):
+        list_models(license="commercial-ok")
+
+
 def test_lists():
     """Names by wildcard, weights, family and licence."""
     assert list_models() == ["toy_base", "toy_small", "toy_tiny"]

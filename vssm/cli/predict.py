@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="a run folder (its best checkpoint), or a .ckpt file")
     parser.add_argument("inputs", type=Path, nargs="+", help="volumes, images, or folders of them")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder (default: predictions)")
-    parser.add_argument("--flips", type=int, nargs="*", choices=(0, 1, 2), help="axes to average over, flipped or not")
+    parser.add_argument("--flips", type=int, nargs="*", choices=(0, 1, 2),
+                        help="axes to mirror, such as 0 1 2; all mirrored copies are averaged")  # fmt: skip
     parser.add_argument("--overlap", type=float, help="of the windows, 0 … 1; that of training by default")
     parser.add_argument("--batch-size", type=int, help="windows at once")
     parser.add_argument("--probabilities", action="store_true", help="write those of all classes too")

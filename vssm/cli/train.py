@@ -39,6 +39,9 @@ EXPECTED = (
     r".*get_mask_edges:always_return_as_numpy",  # monai 1.6 to itself
     r"Precision .* is not supported by the model summary",
 )
+STARTS = {"pretrained": False, "backbone_pretrained": False, "checkpoint_path": None, "encoder_weights": None,
+          "backbone_checkpoint_path": None}  # fmt: skip
+"""Arguments of tasks that say from which weights training starts, and their values for none."""
 SOURCES = str(Path(__file__).resolve().parent.parent)
 
 
@@ -151,6 +154,11 @@ class TrainCLI(LightningCLI):
                 "where the task has weights for its whole model, --model.init_args.pretrained true or "
                 "--model.init_args.checkpoint_path FILE"
             )
+        if checkpoint is not None and self.subcommand != "fit":  # its weights replace those; they need not be there
+            given = config.model.get("init_args") or {}
+            for name in STARTS:
+                if name in given:
+                    given[name] = STARTS[name]
 
     def _checkpoint(self, name: str, root: Path) -> Path:
         file = self.run_folder / "checkpoints" / f"{name}.ckpt" if self.run_folder else root / "version_*/checkpoints"

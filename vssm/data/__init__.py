@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from vssm.data.box_augment import BoxAugment
-from vssm.data.detection import CocoDetection, DetectionData, DigitScenes, VocDetection
-from vssm.data.images import Augment, ImageData, ImageFolder, Loader, MNIST5k, Pixels
-from vssm.data.scenes import SceneAugment, SceneFolder, SceneSize
+from vssm.registries.extras import missing
+
+try:
+    from vssm.data.box_augment import BoxAugment
+    from vssm.data.detection import CocoDetection, DetectionData, DigitScenes, VocDetection
+    from vssm.data.images import Augment, ImageData, ImageFolder, Loader, MNIST5k, Pixels
+    from vssm.data.scenes import SceneAugment, SceneFolder, SceneSize
+except ModuleNotFoundError as error:
+    raise missing("vssm.data", error) from error
 
 __all__ = [
     "Augment",

@@ -309,9 +309,10 @@ class ImageFolder(ImageData):
     def _folder(self, split: str) -> Path:
         folder = self.root / self.folders[split]
         if not folder.is_dir():
+            scored = "; `validate` scores the images of val" if split == "test" else ""
             raise ValueError(
                 f"ImageFolder: {folder} must be a folder of classes; set data.init_args.root, or data.init_args."
-                f"{split}_folder if the split has another name"
+                f"{split}_folder if the split has another name{scored}"
             )
         return folder
 

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, default_collate
 
 from vssm.data.order import KeyedSampler, ResumableLoader
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 @dataclass(frozen=True)
 class Loader:
@@ -20,7 +22,7 @@ class Loader:
     Args:
         batch_size: Samples per process and step.
         eval_batch_size: The same for validation, test and prediction; ``batch_size`` if None.
-        workers: Loader processes; 0 reads in the main process. Changes no result.
+        workers: Loader processes, by default one a core and at most 8; 0 reads in the main process. Changes no result.
         seed: Seed of order and augmentation; that of ``seed_everything`` if None.
         repeats: Repeated augmentation, see ``KeyedSampler``.
         max_corrupt: How many unreadable images a data set of images may have.
@@ -28,7 +30,7 @@ class Loader:
 
     batch_size: int = 128
     eval_batch_size: int | None = None
-    workers: int = 8
+    workers: int = min(8, CORES)
     seed: int | None = None
     repeats: int = 1
     max_corrupt: int = 10

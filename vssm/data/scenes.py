@@ -239,7 +239,8 @@ class SceneFolder(OrderedData):
             raise ValueError(f"SceneFolder: num_classes must be 2 … {IGNORED - 1}, got {num_classes}")
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(
-                f"SceneFolder: class_names must be num_classes={num_classes} names, got {len(class_names)} names"
+                f"SceneFolder: class_names must be num_classes={num_classes} names, got {len(class_names)} names; set "
+                "data.init_args.num_classes"
             )
         self.root, self.num_classes, self.reduce_zero_label = Path(root), num_classes, reduce_zero_label
         self.names = class_names or [str(number) for number in range(num_classes)]

@@ -16,11 +16,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from monai.networks.blocks.convolutions import Convolution
-from monai.networks.blocks.encoder import BaseEncoder
-from monai.networks.blocks.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
-from monai.networks.nets.flexible_unet import FLEXUNET_BACKBONE
 from torch import Tensor, nn
+
+from vssm.registries.extras import missing
+
+try:
+    from monai.networks.blocks.convolutions import Convolution
+    from monai.networks.blocks.encoder import BaseEncoder
+    from monai.networks.blocks.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
+    from monai.networks.nets.flexible_unet import FLEXUNET_BACKBONE
+except ModuleNotFoundError as error:
+    raise missing("vssm.registries.monai", error) from error
 
 from vssm.models.backbone import as_backbone
 from vssm.models.base import Hierarchical

@@ -132,7 +132,7 @@ def list_models(
         exclude: Wildcards to leave out.
 
     Raises:
-        ValueError: If there is no such task, family or scan order.
+        ValueError: If there is no such task, family, scan order or licence.
 
     >>> list_models("*_tiny", scan="hilbert", license="permissive", params_below=10e6)
     ['efficientvmamba_tiny', 'localvim_tiny', 'vim_tiny']
@@ -143,6 +143,10 @@ def list_models(
     members = None if family is None else _members(family)
     if task is not None and task not in TASKS:
         raise ValueError(f"list_models: task must be one of {', '.join(TASKS)}, got {task!r}")
+    known = {weights.license.lower() for row in variants().values() for weights in row.weights.values()}
+    if license is not None and not {*allowed} <= known | {*PERMISSIVE}:
+        said = ", ".join(("permissive", *sorted(known)))
+        raise ValueError(f"list_models: license must be one of {said}, got {license!r}")
 
     def wanted(name: str, row: Variant) -> bool:
         return (

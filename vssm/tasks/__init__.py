@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from vssm.tasks.classification import Classification, Mixup
-from vssm.tasks.detection import Detection
-from vssm.tasks.distillation import Distillation, Mesa
-from vssm.tasks.optimizer import Optimizer, Schedule
-from vssm.tasks.semantic import SemanticSegmentation
+from vssm.registries.extras import missing
+
+try:
+    from vssm.tasks.classification import Classification, Mixup
+    from vssm.tasks.detection import Detection
+    from vssm.tasks.distillation import Distillation, Mesa
+    from vssm.tasks.optimizer import Optimizer, Schedule
+    from vssm.tasks.semantic import SemanticSegmentation
+except ModuleNotFoundError as error:
+    raise missing("vssm.tasks", error) from error
 
 __all__ = [
     "Classification",

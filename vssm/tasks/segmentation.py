@@ -11,9 +11,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback
-from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
+
+from vssm.registries.extras import missing
+
+try:
+    from monai.inferers import sliding_window_inference
+except ModuleNotFoundError as error:
+    raise missing("vssm.tasks.segmentation", error) from error
 
 from vssm.checkpoints import load_encoder, load_weights
 from vssm.data.preparation import Preparation
