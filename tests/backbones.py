@@ -46,6 +46,15 @@ class Backbone:
             loss.backward()
             assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [({"drop_path_rate": 1.0}, "drop_path_rate must be from 0 to below 1, got 1.0"),
+         ({"num_classes": -1}, r"num_classes must be 0 \(no classifier\) or more, got -1")],
+    )  # fmt: skip
+    def test_refuses_options_that_mean_nothing(self, option, message):
+        with pytest.raises(ValueError, match=message):
+            self.build(**option)
+
     def test_drop_path_rises_from_block_to_block(self):
         """As published: from 0 in a straight line, one rate for all branches of a block."""
         model = self.build(drop_path_rate=0.3)

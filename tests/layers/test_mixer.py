@@ -193,6 +193,8 @@ def test_scan_options_reach_the_order():
         ({"scan": "cross", "out_norm": "batch"}, "ScanMixer: out_norm must be one of"),
         ({"scan": "cross", "class_token": "last"}, "ScanMixer: class_token must be one of"),
         ({"scan": "cross", "conv": "sequence", "act": "gelu"}, "has SiLU built in, got act='gelu'"),
+        ({"scan": "cross", "act": "silly"}, "act must name an activation of timm, such as 'silu', got 'silly'"),
+        ({"scan": "cross", "out_act": "silly"}, "out_act must name an activation of timm"),
         ({"scan": "cross", "conv_size": 4}, "depthwise: size must be odd"),
         ({"scan": "cross", "merge": "max"}, "ScanMixer: merge must be one of"),
         ({"scan": "cross", "class_token": "middle"}, "ScanMixer: class tokens lie on no grid"),

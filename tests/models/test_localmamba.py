@@ -306,6 +306,7 @@ def test_what_is_not_covered_says_so(entry, kwargs, reason):
         (LocalVim, {"class_token": "middle"}, "rope turns patches only"),
         (LocalVim, {"rope": "both"}, "rope must be one of 'stream', 'block', None"),
         (LocalVim, {"norm": "batch"}, "norm must be one of 'rms', 'layer'"),
+        (LocalVim, {"scan_options": {"window": 3}}, r"takes directions and no scan_options, got \{'window': 3\}"),
         (LocalVim, {"img_size": 12}, "at least one patch"),
         (LocalVMamba, {"dim": (8, 8), "directions": FIXED}, r"one width a stage \(4 in depths\), got \(8, 8\)"),
     ],

@@ -155,7 +155,7 @@ def test_half_precision_does_not_reach_the_mamba_layers():
 
 
 def test_an_encoder_of_channel_tokens_reads_one_size():
-    model = UMamba(3, mamba="encoder", img_size=(16, 16, 16), features=(4, 8, 16, 32))
+    model = UMamba(3, mamba="encoder", img_size=16, features=(4, 8, 16, 32))
     assert model.mambas["3"].channel_tokens
     assert model(torch.randn(1, 1, 16, 16, 16)).shape == (1, 2, 16, 16, 16)
     message = r"the weights of stage 3 are those of 8 cells, images of \(16, 16, 16\); got 12 cells, images of "

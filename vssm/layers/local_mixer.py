@@ -169,6 +169,8 @@ def local_mixers(
     scan: str, scan_options: Mapping[str, Any] | None, directions: Directions, depth: int, conv: str, **options: Any
 ) -> Callable[[int, int], LocalMixer]:
     """A function ``(block, dim) -> LocalMixer``; blocks read ``directions`` if ``scan`` is "local"."""
+    if scan == "local" and scan_options:
+        raise ValueError(f"LocalMamba: scan 'local' takes directions and no scan_options, got {dict(scan_options)}")
     weighted, directions = directions is None, ALL if directions is None else directions
     choices = [directions] * depth if isinstance(directions, str) else list(directions)
     if len(choices) != depth:

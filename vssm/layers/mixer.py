@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import get_act_layer, register_notrace_function
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from vssm.layers.again import Make
@@ -16,7 +16,7 @@ from vssm.layers.conv import SequenceConv, depthwise
 from vssm.layers.heads import MERGES, join_heads, split_heads
 from vssm.layers.layout import over_map
 from vssm.layers.norm import OUT_NORMS
-from vssm.layers.parts import check_choice
+from vssm.layers.parts import activation, check_choice
 from vssm.layers.ssm import SelectiveSSM
 from vssm.scans import scan_rows, scan_table, visits_once
 
@@ -118,14 +118,14 @@ class ScanMixer(nn.Module):
             self.conv = depthwise(width, conv_size, spatial_dims, conv_bias)
         elif sequences:
             self.sequence_conv = SequenceConv(width // heads, 1 if shared else rows, conv_size, conv_bias)
-        self.act = get_act_layer(act)()
+        self.act = activation("ScanMixer", "act", act)()
         rank = dt_rank or math.ceil(dim // heads / 16)
         self.ssm = self.ssm_type(
             width // heads, rows, d_state, rank,
             per_row=(sequences and not shared) or self.in_heads, shared=shared, init=init,
         )  # fmt: skip
         self.out_norm = OUT_NORMS[out_norm](width, spatial_dims) if out_norm else None
-        self.out_act = get_act_layer(out_act)() if out_act else nn.Identity()
+        self.out_act = activation("ScanMixer", "out_act", out_act)() if out_act else nn.Identity()
         self.out_proj = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:

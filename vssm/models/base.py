@@ -53,6 +53,17 @@ def widths(who: str, dim: int | Sequence[int], depths: Sequence[int]) -> list[in
     return dims
 
 
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Rates of stochastic depth of ``depth`` blocks, in a straight line from 0 to ``rate``, as timm's models have them.
+
+    >>> drop_path_rates(0.5, 3)
+    [0.0, 0.25, 0.5]
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate must be from 0 to below 1, got {rate}")
+    return calculate_drop_path_rates(rate, depth)
+
+
 def make_stages(
     depths: Sequence[int],
     dims: Sequence[int],
@@ -69,7 +80,7 @@ def make_stages(
         downsample: Makes what stands before every stage but the first, ``downsample(dim, out)``.
         norm: Makes the norm that ends a stage, ``norm(dim)``.
     """
-    rates, stages = iter(calculate_drop_path_rates(drop_path_rate, sum(depths))), []
+    rates, stages = iter(drop_path_rates(drop_path_rate, sum(depths))), []
     for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
         shrink = downsample(dims[i - 1], dim) if i else nn.Identity()
         blocks = [block(i, j, rate) for j, rate in enumerate(islice(rates, depth))]
@@ -183,6 +194,7 @@ class Hierarchical(nn.Module):
         self.head.reset(num_classes, global_pool)
 
     def _check_head(self, num_classes: int, global_pool: str) -> None:
+        check_classes(num_classes)
         if num_classes and not global_pool:
             raise ValueError(
                 f"{type(self).__name__}: global_pool='' leaves a map, which no classifier reads; pass num_classes=0 or "
@@ -357,8 +369,14 @@ class Isotropic(nn.Module):
         }
 
 
+def check_classes(num_classes: int) -> None:
+    if num_classes < 0:
+        raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
+
+
 def linear_head(dim: int, num_classes: int) -> nn.Module:
     """A classifier, initialised as vision models are; the identity for no classes."""
+    check_classes(num_classes)
     if num_classes == 0:
         return nn.Identity()
     head = nn.Linear(dim, num_classes)

@@ -12,7 +12,6 @@ from timm.layers import (
     LayerNorm,
     RmsNorm,
     apply_rot_embed,
-    calculate_drop_path_rates,
     lecun_normal_,
     to_2tuple,
 )
@@ -36,7 +35,7 @@ from vssm.layers.position import (
 )
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.backbone import TrunkMaps
-from vssm.models.base import Isotropic, linear_head
+from vssm.models.base import Isotropic, drop_path_rates, linear_head
 
 EPS = 1e-5
 torch.fx.wrap("positions")
@@ -142,7 +141,7 @@ class LocalVim(Isotropic):
 
         make_mixer = local_mixers(scan, scan_options, directions, depth, "sequence", class_token=class_token)
         self.blocks = nn.ModuleList()
-        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+        for i, rate in enumerate(drop_path_rates(drop_path_rate, depth)):
             turn_in, turn_out = turns(self.rope, rope, i, depth)
             block_norm = TOKEN_NORMS[norm](embed_dim, eps=EPS)
             mixer = make_mixer(i, embed_dim)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Mlp, calculate_drop_path_rates
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from vssm.layers.block import MixerBlock
@@ -26,7 +26,7 @@ from vssm.layers.mixer import ScanMixer
 from vssm.layers.norm import ChannelNorm
 from vssm.layers.parts import chosen
 from vssm.layers.stem import ConvStem
-from vssm.models.base import make_stages, widths
+from vssm.models.base import drop_path_rates, make_stages, widths
 from vssm.models.keys import Rule, rename
 from vssm.models.names import MIXER, SSM_SHAPES
 from vssm.models.segmenter import Blocks, Segmenter
@@ -148,7 +148,7 @@ class MSVMUNet(Segmenter):
         self.stem = ConvStem(in_channels, dims[0], PATCH, spatial_dims=spatial_dims)
         shrink = partial(ConvDownsample, spatial_dims=spatial_dims)
         self.stages = nn.ModuleList(make_stages(depths, dims, drop_path_rate, down_block, shrink))
-        rates = calculate_drop_path_rates(decoder_drop_path_rate, UP_DEPTH * (len(dims) - 1))
+        rates = drop_path_rates(decoder_drop_path_rate, UP_DEPTH * (len(dims) - 1))
         self.ups = nn.ModuleList()
         for a, b in zip(dims[:0:-1], dims[-2::-1]):
             self.ups.append(Level(a, b, [up_block(b, rates.pop()) for _ in range(UP_DEPTH)], spatial_dims))

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from itertools import islice, pairwise
 from typing import Any
 
-from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from vssm.layers.block import Make, MixerBlock
@@ -18,7 +17,7 @@ from vssm.layers.downsample import PatchMerging
 from vssm.layers.expand import PatchExpand
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.stem import PatchStem
-from vssm.models.base import widths
+from vssm.models.base import drop_path_rates, widths
 from vssm.models.keys import Rule, rename, reshape
 from vssm.models.segmenter import Blocks, Segmenter
 from vssm.models.variant import constructor, translated
@@ -56,8 +55,8 @@ class PatchUNet(Segmenter):
         super().__init__(
             spatial_dims, in_channels, out_channels, multiple=PATCH * 2 ** (len(depths) - 1), repeats=True
         )  # fmt: skip
-        rising = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        falling = iter(calculate_drop_path_rates(drop_path_rate, sum(decoder_depths))[::-1])
+        rising = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        falling = iter(drop_path_rates(drop_path_rate, sum(decoder_depths))[::-1])
 
         def blocks(width: int, rates: Sequence[float]) -> Blocks:
             return Blocks(*(MixerBlock(width, make_mixer, drop_path=rate) for rate in rates))

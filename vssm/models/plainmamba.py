@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, register_notrace_function, to_2tuple
+from timm.layers import DropPath, LayerNorm, register_notrace_function, to_2tuple
 from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
@@ -26,7 +26,7 @@ from vssm.layers.parts import check_choice
 from vssm.layers.position import positions
 from vssm.layers.ssm import SelectiveSSM, decay, ssm_parameters
 from vssm.models.backbone import TrunkMaps, run_features
-from vssm.models.base import Isotropic, linear_head
+from vssm.models.base import Isotropic, drop_path_rates, linear_head
 from vssm.models.keys import Rule, drop, rename, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left, translated
 from vssm.scans import scan_shape, scan_table, to_sequences, visits_once
@@ -200,7 +200,7 @@ class PlainMamba(Isotropic):
         self.grid = self.patch_embed.grid(*to_2tuple(img_size))
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), embed_dim))
         self.blocks = nn.ModuleList()
-        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+        for i, rate in enumerate(drop_path_rates(drop_path_rate, depth)):
             mixer = DirectedMixer(embed_dim, scan=scan, scan_options=scan_options)
             self.blocks.append(PlainMambaBlock(mixer, embed_dim, i in conv_blocks, rate))
         self.norm = LayerNorm(embed_dim, eps=1e-6)

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from vssm.layers.block import MixerBlock
@@ -26,7 +25,7 @@ from vssm.layers.mixer import ScanMixer
 from vssm.layers.parts import chosen
 from vssm.layers.stem import PatchStem
 from vssm.layers.unetr import ResidualBlock, UpBlock
-from vssm.models.base import make_stages, widths
+from vssm.models.base import drop_path_rates, make_stages, widths
 from vssm.models.keys import Rule, also, rename
 from vssm.models.names import MIXER, SSM_SHAPES
 from vssm.models.segmenter import Blocks, Segmenter
@@ -226,7 +225,7 @@ class SwinUMambaD(_Supervised):
         )
         self.deep_supervision = deep_supervision
         self.encoder = Encoder(in_channels, dims, depths, patch_size, make_mixer, drop_path_rate, spatial_dims)
-        rates = calculate_drop_path_rates(decoder_drop_path_rate, UP_DEPTH * (len(dims) - 1))
+        rates = drop_path_rates(decoder_drop_path_rate, UP_DEPTH * (len(dims) - 1))
         conv, upwards = CONVS[spatial_dims], dims[-2::-1]
         self.expands, self.joins, self.blocks, self.heads = (nn.ModuleList() for _ in range(4))
         for deep, width in zip(dims[::-1], upwards):

@@ -126,9 +126,9 @@ class UMamba(Segmenter):
             as that.
         decoder_depths: Blocks of each stage of the decoder, the lowest resolution first.
         deep_supervision: See above; nothing else depends on it.
-        img_size: Size of the images. An encoder's Mamba layer then takes channels as tokens where its map has no more
-            cells than channels, as published, and reads images of this size only. None: cells are always the tokens,
-            and images may have any size.
+        img_size: Size of the images, one number or one a side. An encoder's Mamba layer then takes channels as tokens
+            where its map has no more cells than channels, as published, and reads images of this size only. None: cells
+            are always the tokens, and images may have any size.
         scan, scan_options: A registered order, where cells are the tokens.
         mixer: ``"scan"``, or ``"conv"``: a convolution in its place, which reads any size.
     """
@@ -146,7 +146,7 @@ class UMamba(Segmenter):
         depths: Sequence[int] = (2, 2, 1, 1),
         decoder_depths: Sequence[int] = (2, 2, 1),
         deep_supervision: bool = False,
-        img_size: Sequence[int] | None = None,
+        img_size: int | Sequence[int] | None = None,
         scan: str = "raster",
         scan_options: Mapping[str, Any] | None = None,
         mixer: str = "scan",
@@ -170,6 +170,7 @@ class UMamba(Segmenter):
         reductions = [tuple(map(prod, zip(*steps[: i + 1]))) for i in range(stages)]
         super().__init__(spatial_dims, in_channels, out_channels, multiple=reductions[-1])
         self.deep_supervision, self.reductions = deep_supervision, reductions
+        img_size = (img_size,) * spatial_dims if isinstance(img_size, int) else img_size
         self.img_size = tuple(img_size) if img_size else None
         whole = not self.img_size or not any(side % n for side, n in zip(self.img_size, self.multiple))
         if self.img_size and (len(self.img_size) != spatial_dims or not whole):

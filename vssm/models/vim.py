@@ -18,7 +18,6 @@ from timm.layers import (
     LayerNorm,
     LayerScale,
     RmsNorm,
-    calculate_drop_path_rates,
     lecun_normal_,
     to_2tuple,
 )
@@ -41,7 +40,7 @@ from vssm.layers.position import (
 )
 from vssm.layers.ssm import ssm_parameters
 from vssm.models.backbone import pyramid, quarters, run_blocks, run_features
-from vssm.models.base import Isotropic, linear_head
+from vssm.models.base import Isotropic, drop_path_rates, linear_head
 from vssm.models.keys import Rule, drop, rename, reshape, stack
 from vssm.models.variant import NotCovered, Published, Variant, Weights, nothing_left
 from vssm.models.vim_backbone import VimBackbone
@@ -118,7 +117,7 @@ class Vim(Isotropic):
         self.rope = Rotary(embed_dim, self.grid, skip=extra) if rope else None
 
         self.blocks = nn.ModuleList()
-        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+        for i, rate in enumerate(drop_path_rates(drop_path_rate, depth)):
             mixer = ScanMixer(
                 embed_dim, scan=scan, scan_options=scan_options, expand=expand, d_state=d_state,
                 conv="sequence", conv_size=4, merge=merge, class_token=class_token, shared=shared,

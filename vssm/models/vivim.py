@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from vssm.layers.mixer import ScanMixer
 from vssm.layers.mlp import ConvMlp
 from vssm.layers.parts import chosen
 from vssm.layers.ssm import ssm_parameters
+from vssm.models.base import drop_path_rates
 from vssm.models.keys import Rule, also, drop, rename
 from vssm.models.mamba_keys import mamba_keys
 from vssm.models.segmenter import Segmenter, traced
@@ -177,7 +178,7 @@ class Vivim(Segmenter):
         )  # fmt: skip
         make_mixer = chosen("Vivim", "mixer", mixer, {"scan": scanning, "conv": partial(ConvMixer, spatial_dims=3)})
         self.slices, self.reductions = slices, tuple(reductions)
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         self.stages = nn.ModuleList()
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             attention = partial(ReducedAttention, dim, num_heads[i], reductions[i])

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import GluMlp, get_act_layer
+from timm.layers import GluMlp
 from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
@@ -28,7 +28,7 @@ from vssm.layers.layout import over_map
 from vssm.layers.mixer import ScanMixer
 from vssm.layers.mlp import LeanMlp
 from vssm.layers.norm import NORMS
-from vssm.layers.parts import chosen
+from vssm.layers.parts import activation, chosen
 from vssm.layers.position import resize_map
 from vssm.layers.ssm import decay, ssm_parameters
 from vssm.layers.stem import ConvStem, PatchStem
@@ -198,7 +198,8 @@ class VMamba(Hierarchical):
             dt_rank=dt_rank, conv="grid" if conv_size else None, conv_size=conv_size, conv_bias=conv_bias, act=act,
             gate=gate, out_norm=out_norm, out_act=out_act, init=init, spatial_dims=spatial_dims,
         )  # fmt: skip
-        make_mlp = partial(part("mlp", mlp, MLPS), ratio=mlp_ratio, act=get_act_layer(mlp_act)) if mlp_ratio else None
+        mlp_part, mlp_act_layer = part("mlp", mlp, MLPS), activation("VMamba", "mlp_act", mlp_act)
+        make_mlp = partial(mlp_part, ratio=mlp_ratio, act=mlp_act_layer) if mlp_ratio else None
         make_downsample = part("downsample", downsample, DOWNSAMPLES)
         stages = make_stages(
             depths, dims, drop_path_rate,
