@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,6 +178,78 @@ def test_an_operator_with_gradients(write, capsys, backend):
     assert capsys.readouterr().out.endswith("4 passed, 0 failed\n")
     assert main([write(operator(spoil=1e-6)), "--backend", backend]) == 1
     assert "failed   " in capsys.readouterr().out
+
+
+def plain_scan2d(x, deltaT, deltaL, AT, AL, BT, BL, C, D):
+    """Cell by cell, each from the one above it and the one to its left."""
+    h = {}
+    for i in range(x.shape[1]):
+        for j in range(x.shape[2]):
+            top = (deltaT[:, i, j] * x[:, i, j])[..., None] * BT[:, i, j, None]
+            left = (deltaL[:, i, j] * x[:, i, j])[..., None] * BL[:, i, j, None]
+            top = top + (deltaT[:, i, j, :, None] * AT).exp() * h[i - 1, j] if i else top
+            left = left + (deltaL[:, i, j, :, None] * AL).exp() * h[i, j - 1] if j else left
+            h[i, j] = (top + left) / 2 if i and j else top if i else left
+    h = torch.stack([torch.stack([h[i, j] for j in range(x.shape[2])], 1) for i in range(x.shape[1])], 1)
+    return {"y": (h * C[..., None, :]).sum(-1) + D * x, "hs": h}
+
+
+def plain_ssd(x, dt, A, B, C):
+    """One head of one channel."""
+    h, y = 0.0, []
+    for t in range(x.shape[1]):
+        step = torch.nn.functional.softplus(dt[:, t, :, None, None])
+        h = (A[:, None, None] * step).exp() * h + step * x[:, t, :, :, None] * B[:, t, :, None]
+        y.append((h * C[:, t, :, None]).sum(-1))
+    return {"y": torch.stack(y, 1), "final_state": h}
+
+
+@pytest.mark.parametrize(
+    ("formula", "expected"),
+    [("x/np.sqrt(16)", 0.5), ("-np.exp(0.5*x - 1)", -1.0), ("np.log1p(np.exp(-x))", math.log1p(math.exp(-2))),
+     ("2*x**2-1", 7.0)],
+)  # fmt: skip
+def test_inputs_are_transformed_by_any_arithmetic(monkeypatch, formula, expected):
+    twos = SimpleNamespace(standard_normal=lambda shape: np.full(shape, 2.0))
+    monkeypatch.setattr(golden, "_stream", lambda name: twos)
+    assert golden.inputs({"x": {"shape": [1], "transform": formula}}, 0)["x"] == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("formula", ["__import__('os')", "x.tofile('x')", "np.save(x)", "open(x)", "x or x", "y"])
+def test_a_transform_that_is_no_arithmetic_is_not_run(formula):
+    with pytest.raises(ValueError, match=r"a transform must be arithmetic in x, with np\.abs"):
+        golden.inputs({"x": {"shape": [1], "transform": formula}}, 0)
+
+
+@pytest.mark.parametrize("grid", [(1, 3), (3, 2)])
+@pytest.mark.parametrize("name", ["mamba2d.scan2d_core", "mamba2_ssd"])
+def test_operators_of_other_papers(write, capsys, name, grid):
+    """Mamba2D's recurrence, on one row too, where not every operand counts; Mamba-2's."""
+    if name == "mamba2_ssd":
+        shapes = {"x": (2, *grid, 1), "dt": (2, *grid), "A": grid[1:], **dict.fromkeys("BC", (2, grid[0], 1, 4))}
+        function, options, grads = plain_ssd, {"dt_softplus": True}, ("grad_y", "grad_final_state")
+    else:
+        shapes = dict.fromkeys(("x", "deltaT", "deltaL"), (2, *grid, 3)) | {"AT": (3, 2), "AL": (3, 2), "D": (3,)}
+        shapes |= dict.fromkeys(("BT", "BL", "C"), (2, *grid, 2))
+        function, options, grads = plain_scan2d, {}, ("grad_y",)
+    spec = {key: {"shape": list(shape), "transform": "-np.abs(x)" if key[0] == "A" else "x"}
+            for key, shape in shapes.items()}  # fmt: skip
+    arrays = golden.inputs(spec, 3)
+    inputs = {key: torch.tensor(array, dtype=torch.float64).requires_grad_() for key, array in arrays.items()}
+    outputs = function(**inputs)
+    weights = {key: {"shape": list(outputs[key[5:]].shape), "transform": "x"} for key in grads}
+    drawn = golden.inputs({**spec, **weights}, 3)
+    loss = sum((outputs[key[5:]] * torch.tensor(drawn[key])).sum() for key in grads)
+    found = torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)
+    content = {"op": name, "cases": [{
+        "case": 3, "options": options, "inputs": spec, "grad_outputs": weights,
+        "outputs": {key: {"value": y.tolist()} for key, y in outputs.items()},
+        "grads": {key: {"value": y.tolist()} for key, y in zip(inputs, found, strict=True)},
+    }]}  # fmt: skip
+    assert main([write(content)]) == 0, capsys.readouterr().out
+    assert f"{len(inputs) + 2} passed, 0 failed\n" in capsys.readouterr().out
+    content["cases"][0]["outputs"]["y"]["value"][0][0][0][0] += 1e-6
+    assert main([write(content)]) == 1
 
 
 def test_an_unknown_operator_is_skipped(write, capsys):

@@ -6,8 +6,10 @@ values at some flat indices. Every number comes from a NumPy stream that the ent
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,21 +23,11 @@ OVERRIDES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "0.25*n/np.sqrt(f)": lambda n, f: 0.25 * n / math.sqrt(f),
     "n/np.sqrt(n.shape[-2])": lambda n, f: n / math.sqrt(n.shape[-2]),
 }
-# What operator files do to standard normal numbers.
-TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "x": lambda x: x,
-    "0.5*x": lambda x: 0.5 * x,
-    "0.5*x-0.5": lambda x: 0.5 * x - 0.5,
-    "0.3*x-0.5": lambda x: 0.3 * x - 0.5,
-    "-1+0.5*x": lambda x: -1 + 0.5 * x,
-    "-np.exp(0.5*x)": lambda x: -np.exp(0.5 * x),
-    "np.log1p(np.exp(0.5*x-0.5))": lambda x: np.log1p(np.exp(0.5 * x - 0.5)),
-    "np.log1p(np.exp(0.7*x-0.5))": lambda x: np.log1p(np.exp(0.7 * x - 0.5)),
-    "x/np.sqrt(1)": lambda x: x,
-    "x/np.sqrt(2)": lambda x: x / math.sqrt(2),
-    "x/np.sqrt(4)": lambda x: x / 2,
-    "x/np.sqrt(8)": lambda x: x / math.sqrt(8),
-}
+ARITHMETIC = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}  # fmt: skip
+FUNCTIONS = ("abs", "exp", "expm1", "log", "log1p", "sign", "sqrt", "square", "tanh")
 
 
 def weight(key: str, shape: Sequence[int], overrides: Sequence[tuple[str, str]] = ()) -> np.ndarray:
@@ -72,8 +64,27 @@ def inputs(spec: Mapping[str, Any], case: int) -> dict[str, np.ndarray]:
             stream.random_sample(shape) if entry.get("kind") == "uniform" else stream.standard_normal(shape)
         )
         if "transform" in entry:
-            made[name] = TRANSFORMS[entry["transform"]](made[name])
+            made[name] = np.asarray(_transformed(ast.parse(entry["transform"], mode="eval").body, made[name]))
     return made
+
+
+def _transformed(formula: ast.expr, x: np.ndarray) -> Any:
+    """What operator files do to their numbers: arithmetic in ``x`` with functions of ``np``."""
+    match formula:
+        case ast.Name(id="x"):
+            return x
+        case ast.Constant(value=int() | float() as number):
+            return number
+        case ast.BinOp(left=a, op=operation, right=b) if type(operation) in ARITHMETIC:
+            return ARITHMETIC[type(operation)](_transformed(a, x), _transformed(b, x))
+        case ast.UnaryOp(op=ast.USub(), operand=a):
+            return -_transformed(a, x)
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="np"), attr=name), args=[a], keywords=[]) if (
+            name in FUNCTIONS
+        ):
+            return getattr(np, name)(_transformed(a, x))
+    known = ", ".join(f"np.{name}" for name in FUNCTIONS)
+    raise ValueError(f"a transform must be arithmetic in x, with {known}; got {ast.unparse(formula)}")
 
 
 def mismatch(array: np.ndarray, summary: Mapping[str, Any]) -> float:

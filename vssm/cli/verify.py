@@ -14,16 +14,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from vssm.checkpoints import load_state
 from vssm.cli import _golden as golden
-from vssm.kernels import use_backend
+from vssm.kernels import scan2d, use_backend
 from vssm.kernels.backends import BACKENDS
 from vssm.kernels.compat import causal_conv1d_fn, mamba_chunk_scan_combined, selective_scan_fn
 from vssm.models import variant as rows
@@ -235,7 +237,8 @@ def _operator_lines(content: dict[str, Any], where: Where) -> Iterator[Line]:
         outputs = operator(case["options"], **inputs)
         terms = [(outputs[name[5:]] * where.tensor(arrays[name])).sum() for name in case["grad_outputs"]]
         loss = torch.stack(terms).sum()
-        grads = dict(zip(case["grads"], torch.autograd.grad(loss, [inputs[name] for name in case["grads"]])))
+        wanted = [inputs[name] for name in case["grads"]]
+        grads = dict(zip(case["grads"], torch.autograd.grad(loss, wanted, materialize_grads=True)))
         for kind, found, expected in (("", outputs, case["outputs"]), ("grad of ", grads, case["grads"])):
             for name, entry in expected.items():
                 error = golden.relative_error(_array(found[name]), entry["value"])
@@ -257,10 +260,37 @@ def _mamba2_ssd(options: dict[str, Any], **inputs: Any) -> dict[str, Tensor]:
     return {"y": y, "final_state": last}
 
 
+def _scan2d(options: dict[str, Any], **inputs: Tensor) -> dict[str, Tensor]:
+    """y, and the states hs one by one: what y would be if C read that one alone."""
+    x, top, left, A_top, A_left, B_top, B_left, C, D = (inputs[name] for name in SCAN2D)
+    read = partial(scan2d, x, top, left, A_top, A_left, B_top, B_left)
+    states = []
+    with torch.no_grad():
+        for n in range(C.shape[-1]):
+            one = torch.zeros_like(C)
+            one[..., n] = 1
+            states.append(read(one))
+    return {"y": read(C, D), "hs": torch.stack(states, -1)}
+
+
+SCAN2D = ("x", "deltaT", "deltaL", "AT", "AL", "BT", "BL", "C", "D")
+
+
+def _scan2d_projected(options: dict[str, Any], **p: Tensor) -> dict[str, Tensor]:
+    rank, n = p["dt_projT_weight"].shape[1], p["AT_log"].shape[1]
+    top, left, B_top, B_left, C = (p["x"] @ p["x_proj_weight"].T).split([rank, rank, n, n, n], -1)
+    top = linear(top, p["dt_projT_weight"], p["dt_projT_bias"])
+    left = linear(left, p["dt_projL_weight"], p["dt_projL_bias"])
+    A_top, A_left = -p["AT_log"].exp(), -p["AL_log"].exp()
+    return {"y": scan2d(p["x"], top, left, A_top, A_left, B_top, B_left, C, p["D"], delta_softplus=True)}
+
+
 OPERATORS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "selective_scan": _selective_scan,
     "causal_conv1d": _causal_conv1d,
     "mamba2_ssd": _mamba2_ssd,
+    "mamba2d.scan2d_core": _scan2d,
+    "mamba2d.scan2d_projected": _scan2d_projected,
 }
 
 
