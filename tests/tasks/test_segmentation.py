@@ -24,6 +24,7 @@ from vssm.data.augmentation import SliceAugment
 from vssm.data.loading import Loader
 from vssm.data.volume_sources import NNUNetRaw, PairedFolders
 from vssm.data.volumes import Preparation, Sampling, Split
+from vssm.tasks.case_report import Picture
 from vssm.tasks.losses import Loss
 from vssm.tasks.measures import dice, hausdorff95_mm
 from vssm.tasks.optimizer import Freeze, Optimizer
@@ -297,3 +298,11 @@ def test_our_segmenters_are_built_by_name():
     assert task.eval()(torch.randn(1, 2, 32, 32)).shape == (1, 5, 32, 32)
     assert task.hparams["model"] == "test_segmamba"
     assert blob(0)[0].shape == (20, 24, 18)
+
+
+def test_pictures_show_images_upright_and_slices_as_radiologists_do():
+    image, spacing = np.arange(6).reshape(2, 3, 1), np.array([1.0, 2.0, 4.0])
+    (plane, _, _, aspect), = Picture.of("photo", image, image, image, spacing, rows_first=True).slices
+    assert (plane.tolist(), aspect) == ([[0, 1, 2], [3, 4, 5]], 0.5)
+    (plane, _, _, aspect), = Picture.of("slice", image, image, image, spacing).slices
+    assert (plane.tolist(), aspect) == ([[2, 5], [1, 4], [0, 3]], 2.0)

@@ -30,9 +30,16 @@ class Picture:
 
     @classmethod
     def of(
-        cls, name: str, image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spacing_mm: np.ndarray
+        cls,
+        name: str,
+        image: np.ndarray,
+        truth: np.ndarray,
+        predicted: np.ndarray,
+        spacing_mm: np.ndarray,
+        *,
+        rows_first: bool = False,
     ) -> Picture:
-        """Cut volumes (X, Y, Z) of one grid."""
+        """Cut volumes (X, Y, Z) of one grid; ``rows_first`` shows an image (H, W, 1) as its file does."""
         slices = []
         for axis in range(3):
             height, width = (other for other in range(3) if other != axis)
@@ -40,8 +47,10 @@ class Picture:
                 continue
             filled = (truth > 0).sum(axis=(height, width))
             place = int(filled.argmax()) if filled.any() else truth.shape[axis] // 2
-            cut = tuple(np.take(volume, place, axis=axis).T[::-1].copy() for volume in (image, truth, predicted))
-            slices.append((*cut, float(spacing_mm[width] / spacing_mm[height])))
+            cut = [np.take(volume, place, axis=axis) for volume in (image, truth, predicted)]
+            if not rows_first:
+                cut, height, width = [plane.T[::-1] for plane in cut], width, height
+            slices.append((*(plane.copy() for plane in cut), float(spacing_mm[height] / spacing_mm[width])))
         return cls(name, tuple(slices))
 
     def draw(self, file: Path, class_names: Sequence[str]) -> None:

@@ -131,6 +131,7 @@ def draw_curves(file: Path, rows: list[dict[str, float]]) -> None:
             points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=name)
         axes.set(xlabel="epochs done", ylabel=title)
+        axes.set_xlim(0.5, max(row["epoch"] for row in rows) + 1.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.lines:

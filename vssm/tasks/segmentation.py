@@ -228,9 +228,7 @@ class Segmentation(Task):
         truth, predicted = scan.label.numpy(), logits[0].argmax(0).numpy()
         self._score("val", scan, truth, predicted, spacing)
         if len(self.case_pictures) < self.pictures:
-            self.case_pictures.append(
-                Picture.of(scan.case.name, scan.image[self._shown].numpy(), truth, predicted, spacing)
-            )
+            self._picture(scan, scan.image[self._shown].numpy(), truth, predicted, spacing)
 
     def test_step(self, scan: Scan, batch_idx: int) -> None:
         predicted = segment(self.class_logits, scan, self.preparation.patch, self.inference, device=self.device)
@@ -238,7 +236,11 @@ class Segmentation(Task):
         self._score("test", scan, scan.own_label, predicted, spacing)
         if len(self.case_pictures) < self.pictures:
             image = read_volume(scan.case.images)[0][self._shown]
-            self.case_pictures.append(Picture.of(scan.case.name, image, scan.own_label, predicted, spacing))
+            self._picture(scan, image, scan.own_label, predicted, spacing)
+
+    def _picture(self, scan: Scan, *volumes: np.ndarray) -> None:
+        rows_first = suffix_of(scan.case.images[0]) in IMAGE_SUFFIXES
+        self.case_pictures.append(Picture.of(scan.case.name, *volumes, rows_first=rows_first))
 
     @property
     def _shown(self) -> int:
