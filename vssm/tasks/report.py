@@ -132,7 +132,7 @@ def draw_curves(file: Path, rows: list[dict[str, float]]) -> None:
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=name)
         axes.set(xlabel="epochs done", ylabel=title)
         axes.set_xlim(0.5, max(row["epoch"] for row in rows) + 1.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(**({"fontsize": "small", "ncols": 2} if len(names) > 6 else {}))
