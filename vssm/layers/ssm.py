@@ -225,39 +225,35 @@ class _Scan(torch.autograd.Function):
             given = inputs[0] if how.make is None else how.make(*inputs)
         u = given if ctx.dtype is None else given.to(ctx.dtype)
         rank, n, _ = how.splits
-        used, one = rank + 2 * n, how.shared and not how.per_row
-        dt = low[..., : dt_weight.shape[-1]]
-        delta = dt @ dt_weight.mT
-        operands = (u, delta[:, 0] if one else delta, *saved)
-        du, ddelta, dA, dB, dC, dD, dz, dbias, _ = gradients(ctx.kind, operands, dy)
-        if one:
-            ddelta, dB, dC = (x.unsqueeze(1) for x in (ddelta, dB, dC))
-        of_x_proj, of_dt_weight, (of_bias, _), (of_A, _), (of_D, _) = ctx.parameters
-        ddt = times(ddelta, dt_weight)  # zero behind the rank
+        used, rows = rank + 2 * n, low.shape[:2]
+        # Samples and rows are one axis of products, and copies of weights lie as autograd lays them: the same bits.
+        dt = low[..., : dt_weight.shape[-1]].flatten(0, 1)
+        weight = dt_weight.mT.expand(*rows, -1, -1).flatten(0, 1)
+        delta = torch.bmm(dt, weight)
+        by_row = delta if how.shared and not how.per_row else delta.unflatten(0, rows)
+        du, ddelta, dA, dB, dC, dD, dz, dbias, _ = gradients(ctx.kind, (u, by_row, *saved), dy)
+        ddelta, dB, dC = ddelta.view_as(delta), dB.view(*low.shape[:3], n), dC.view(*low.shape[:3], n)
+        ddt = torch.bmm(ddelta, weight.mT).unflatten(0, rows)  # zero behind the rank
         pieces = ddt[..., :rank], dB, dC, ddt[..., used:]
         if how.per_row:
-            dlow = torch.cat(pieces, -1)
-            du_low, dx_proj = times(dlow, x_proj), (u.mT @ dlow).mT
+            dlow = torch.cat(pieces, -1).flatten(0, 1)
+            weight = x_proj.mT.expand(*rows, -1, -1).flatten(0, 1)
+            du_low, dx_proj = torch.bmm(dlow, weight.mT), torch.bmm(u.flatten(0, 1).mT, dlow).mT
         else:
             dlow = torch.cat([x.transpose(1, 2) for x in pieces], -1).flatten(2).flatten(0, 1)
-            du_low = (dlow @ x_proj.flatten(0, 1)).view_as(u)
-            dx_proj = (dlow.mT @ u.flatten(0, 1)).view(1, *x_proj.shape)
+            du_low = dlow @ x_proj.flatten(0, 1)
+            dx_proj = (dlow.mT @ u.flatten(0, 1)).view_as(x_proj)
+        of_x_proj, of_dt_weight, (of_bias, _), (of_A, _), (of_D, _) = ctx.parameters
         return (
-            None, None, du.to(given.dtype).add_(du_low), dz,
-            summed(dx_proj[..., :used, :], *of_x_proj), summed((dt.mT @ ddelta).mT[..., :rank], *of_dt_weight),
+            None, None, du.to(given.dtype).add_(du_low.view_as(u)), dz,
+            summed(dx_proj[:, :used], *of_x_proj), summed(torch.bmm(dt.mT, ddelta).mT[..., :rank], *of_dt_weight),
             dbias.view(of_bias), (dA * saved[0]).view(of_A), dD.view(of_D),
         )  # fmt: skip
 
 
-def times(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad (b, k, l, i) times weight (k, i, j), laid out as autograd does after a product with weight.mT: same bits."""
-    expanded = weight.mT.expand(*grad.shape[:2], -1, -1).flatten(0, 1)
-    return torch.bmm(grad.flatten(0, 1), expanded.mT).unflatten(0, grad.shape[:2])
-
-
 def summed(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The sum of gradients (b, k, ·, ·) of the weights of samples, and of rows where they have one set."""
-    return x.sum(0 if x.shape[1] == shape[0] else (0, 1), dtype=dtype).view(shape)
+    """The sum of gradients (b k, ·, ·) for weights of ``shape`` over samples, and over rows where they have one set."""
+    return x.unflatten(0, (-1, shape[0])).sum(0, dtype=dtype)
 
 
 _apply = recording(_Scan)
