@@ -407,11 +407,42 @@ def test_starts_with_the_published_distributions():
     ],
 )
 def test_says_what_it_does_not_cover(kwargs, reason):
-    without = {key: value for key, value in NARROW.items() if key != "dims"}
-    with pytest.raises(NotCovered, match="no dims among the arguments"):
-        published(VSSM, without)
     with pytest.raises(NotCovered, match=reason):
         published(VSSM, {**NARROW, **kwargs})
+
+
+def test_the_published_defaults_are_those_of_no_release():
+    with torch.device("meta"):
+        built = published(VSSM, {"norm_layer": "LN2D", "depths": (1, 1)})
+    names = published_shapes(shapes_of(built.model), built.keys)
+    assert names["classifier.head.weight"] == (1000, 192)
+    assert names["layers.0.downsample.1.weight"] == (192, 96, 2, 2)
+    assert names["layers.0.blocks.0.op.A_logs"] == (4 * 192, 16)
+    assert names["layers.0.blocks.0.mlp.fc1.weight"] == (384, 96)
+    assert names["layers.0.blocks.0.op.in_proj.weight"] == (384, 96)
+    assert names["patch_embed.0.weight"] == (96, 3, 4, 4)
+
+
+def test_the_file_of_the_root_has_one_norm_and_one_mlp():
+    kwargs = {**NARROW, "norm_layer": "bn", "gmlp": True}
+    root = published("vmamba.py:VSSM (repository root)", kwargs)
+    names = published_shapes(shapes_of(root.model), root.keys)
+    assert "classifier.norm.running_var" not in names
+    assert names["layers.0.blocks.0.mlp.fc1.weight"] == (16, 8)
+    other = published(VSSM, kwargs)
+    assert "classifier.norm.running_var" in published_shapes(shapes_of(other.model), other.keys)
+
+
+@pytest.mark.parametrize("forward_type", ["v0", "v0seq"])
+def test_arguments_that_the_first_mixer_ignores_are_ignored(forward_type):
+    """It has SiLU, a convolution of side 3 and its bias, whatever the published constructor is told."""
+    first = {**NARROW, "forward_type": forward_type, "norm_layer": "ln", "ssm_d_state": 2}
+    told = {**first, "ssm_conv": 5, "ssm_conv_bias": False, "ssm_act_layer": "relu", "ssm_init": "v1"}
+    source, target = published(VSSM, first), published(VSSM, told)
+    target.model.load_state_dict(source.model.state_dict())
+    x = torch.randn(1, 3, 33, 40)
+    assert torch.equal(source.model.eval()(x), target.model.eval()(x))
+    assert source.model.stages[0].blocks[0].mixer.conv.bias is not None
 
 
 def test_names_of_short_variants_are_the_last_release():

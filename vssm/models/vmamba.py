@@ -394,18 +394,20 @@ UNCHANGED = {"patch_norm": True, "ssm_drop_rate": 0.0, "mlp_drop_rate": 0.0}  # 
 TRAINING = {"drop_path_rate", "use_checkpoint", "pretrained"}  # do not change what is computed
 
 
-NEEDED = {  # whose published defaults the sheet does not say
-    "depths", "dims", "forward_type", "ssm_d_state", "ssm_ratio", "ssm_conv_bias", "mlp_ratio", "downsample_version",
-    "patchembed_version",
+DEFAULTS = {  # of the published class, where they are not ours
+    "depths": (2, 2, 9, 2), "dims": 96, "ssm_d_state": 16, "ssm_ratio": 2.0, "ssm_conv_bias": True, "mlp_ratio": 4.0,
+    "forward_type": "v2", "downsample_version": "v2", "patchembed_version": "v1",
 }  # fmt: skip
 
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``VMamba`` for those of the published ``VSSM``."""
-    given = {key: value for key, value in kwargs.items() if key not in TRAINING}
-    if missing := NEEDED - given.keys():
-        raise NotCovered(f"no {', '.join(sorted(missing))} among the arguments")
-    ours: dict[str, Any] = {"num_classes": 0} | {SAME[key]: given.pop(key) for key in list(given) if key in SAME}
+    given = {key: value for key, value in (DEFAULTS | kwargs).items() if key not in TRAINING}
+    for key in ("norm_layer", "ssm_act_layer", "mlp_act_layer"):
+        if key in given:
+            given[key] = given[key].lower()  # as published
+    norm_layer = given.get("norm_layer", "ln")
+    ours: dict[str, Any] = {SAME[key]: given.pop(key) for key in list(given) if key in SAME}
     for key, (name, values) in NAMED.items():
         value = given.pop(key, next(iter(values)))
         if value not in values:
@@ -418,10 +420,13 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     ours["dt_rank"] = None if rank == "auto" else rank
     ours["conv_size"] = conv_size if conv_size > 1 else 0
     ours["position_size"] = size if given.pop("posembed", False) else None
-    ours |= parse_forward_type(given.pop("forward_type"))
+    forward_type = given.pop("forward_type")
+    ours |= parse_forward_type(forward_type)
+    if forward_type in ("v0", "v0seq"):  # As published: no argument reaches these parts of the first mixer.
+        ours |= {"conv_size": 3, "conv_bias": True, "act": "silu", "init": "mamba"}
     nothing_left(given)
-    if ours.get("mixer") == "heads" and (ours["gate"] != "none" or kwargs.get("norm_layer", "ln") != "ln"):
-        raise NotCovered(f"{kwargs['forward_type']!r} fails in the published code but with '_noz' and norm_layer='ln'")
+    if ours.get("mixer") == "heads" and (ours["gate"] != "none" or norm_layer != "ln"):
+        raise NotCovered(f"{forward_type!r} fails in the published code but with '_noz' and norm_layer='ln'")
     return ours
 
 
@@ -431,8 +436,11 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     given = dict(kwargs)
     out_indices = given.pop("out_indices", (0, 1, 2, 3))
     ours = translate(given)
+    if entry.startswith("vmamba.py"):
+        ours |= {"norm": "layer", "mlp": "mlp"}  # As published: this file knows no other norm and no gated MLP.
     if name == "Backbone_VSSM":
-        ours["position_size"] = None  # As published: the backbone holds a table of positions and does not add it.
+        # As published: the backbone holds a table of positions and does not add it.
+        ours |= {"position_size": None, "num_classes": 0}
     model = VMamba(**ours)
     own_keys = keys(ours["downsample"], len(model.stages), ours["out_norm"], ours.get("mixer", "scan"))
     if name == "VSSM":
