@@ -402,7 +402,7 @@ DEFAULTS = {  # of the published class, where they are not ours
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``VMamba`` for those of the published ``VSSM``."""
-    given = {key: value for key, value in (DEFAULTS | kwargs).items() if key not in TRAINING}
+    given = {key: value for key, value in {**DEFAULTS, **kwargs}.items() if key not in TRAINING}
     for key in ("norm_layer", "ssm_act_layer", "mlp_act_layer"):
         if key in given:
             given[key] = given[key].lower()  # as published
