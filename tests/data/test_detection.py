@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from vssm.data import BoxAugment, CocoDetection, DigitScenes, Loader, VocDetection
 from vssm.data.annotations import coco, voc
 from vssm.data.box_augment import chosen, combined, fitted, placed
-from vssm.data.detection import Scenes, covered
+from vssm.data.detection import BoxScenes, covered
 from vssm.data.images import read_mnist5k, split_mnist5k
 
 
@@ -394,6 +394,6 @@ def test_refuses_shares_that_are_none():
 
 
 def test_mosaics_are_drawn_from_readable_images(digits):
-    made = Scenes(digits.data["train"].source, BoxAugment(mosaic=1.0, canvas=128), seed=0, training=True, max_corrupt=1)
+    made = BoxScenes(digits.data["train"].source, BoxAugment(mosaic=1.0, canvas=128), seed=0, training=True, max_corrupt=1)
     assert same(made[(0, 3, 0)], made[(0, 3, 0)])
     assert made[(0, 3, 0)]["image"].shape == (1, 128, 128)

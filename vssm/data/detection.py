@@ -28,7 +28,7 @@ class SceneSource:
     names: Sequence[str]
 
 
-class Scenes(Images):
+class BoxScenes(Images):
     """Images and targets of a source, augmented; unreadable ones as in ``Images``.
 
     A sample has ``image`` (C, H, W) float32 in [0, 1], ``target`` (``boxes`` (n, 4) x1, y1, x2, y2 in pixels,
@@ -113,7 +113,7 @@ class DetectionData(OrderedData):
         """Find and check the scenes of a stage."""
         sources = {"predict": self._predict_source()} if stage == "predict" else self.sources(stage)
         for split, source in sources.items():
-            self.data[split] = Scenes(
+            self.data[split] = BoxScenes(
                 source,
                 self.augment if split == "train" else None,
                 seed=self.seed,

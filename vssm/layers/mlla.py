@@ -51,7 +51,7 @@ class ResidualStem(nn.Module):
         return x.contiguous(memory_format=torch.channels_last)
 
 
-class PatchStem(nn.Module):
+class UnitStem(nn.Module):
     """One convolution that does not overlap, and a norm. (B, 3, H, W) to (B, C, H / 4, W / 4), rounded down."""
 
     def __init__(self, in_chans: int, dim: int):
@@ -62,7 +62,7 @@ class PatchStem(nn.Module):
         return self.norm(self.conv1(x)).contiguous(memory_format=torch.channels_last)
 
 
-class ConvDownsample(nn.Module):
+class UnitDownsample(nn.Module):
     """One convolution of stride 2, and a norm. (B, C, H, W) to (B, C', H / 2, W / 2), rounded up."""
 
     def __init__(self, dim: int, out: int):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vssm.layers.conv import depthwise
 from vssm.layers.init import linear_like_transformers
 from vssm.layers.layout import over_map
-from vssm.layers.mlla import ConditionedBlock, ConvDownsample, InvertedDownsample, PatchStem, ResidualStem
+from vssm.layers.mlla import ConditionedBlock, InvertedDownsample, ResidualStem, UnitDownsample, UnitStem
 from vssm.layers.norm import ChannelNorm, TokenNorm
 from vssm.layers.parts import chosen
 from vssm.layers.ssm import decay, dt_bias_
@@ -101,8 +101,8 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {  # by name: (dim, heads, d_state
     "duality": DualityMixer,
     "attention": lambda dim, heads, d_state, **options: AttentionMixer(dim, heads),
 }
-STEMS = {"conv": ResidualStem, "patch": PatchStem}
-DOWNSAMPLES = {"inverted": InvertedDownsample, "conv": ConvDownsample}
+STEMS = {"conv": ResidualStem, "patch": UnitStem}
+DOWNSAMPLES = {"inverted": InvertedDownsample, "conv": UnitDownsample}
 
 
 class VSSD(Hierarchical):
