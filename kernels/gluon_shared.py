@@ -120,3 +120,19 @@ def weights(x, at, inside):
 def advance(h, a, step, x, B):
     """h[t] from h[t-1]: exp(delta A) h + delta B u."""
     return gl.exp2(gl.expand_dims(step, 0) * a) * h + gl.expand_dims(step * x, 0) * gl.expand_dims(B, 1)
+
+
+@gluon.jit
+def shorten(h):
+    """States (n, d) as numbers of 16 bits, and rows of 16 bits that say in what unit: a power of 2 for each channel."""
+    most = gl.max(gl.abs(h), 0).to(gl.int32, bitcast=True)
+    unit = gl.maximum(most & 0x7F800000, 14 << 23)  # 2**14 times as large
+    scale = ((254 << 23) - unit + (14 << 23)).to(gl.float32, bitcast=True)
+    return (h * gl.expand_dims(scale, 0)).to(gl.float16).to(gl.int16, bitcast=True), (unit >> 16).to(gl.int16)
+
+
+@gluon.jit
+def lengthen(short, unit):
+    """What ``shorten`` shortened, to a rounding of float16."""
+    scale = ((unit.to(gl.int32) << 16) - (14 << 23)).to(gl.float32, bitcast=True)
+    return short.to(gl.float16, bitcast=True).to(gl.float32) * gl.expand_dims(scale, 0)

@@ -152,6 +152,22 @@ def sum_d(tile, N: tl.constexpr):
     return tl.sum(tile, 0) if N == 1 else tl.sum(tile, 1)
 
 
+@triton.jit
+def shorten(h):
+    """States (n, d) as numbers of 16 bits, and rows of 16 bits that say in what unit: a power of 2 for each channel."""
+    most = tl.max(tl.abs(h), 0).to(tl.int32, bitcast=True)
+    unit = tl.maximum(most & 0x7F800000, 14 << 23)  # 2**14 times as large
+    scale = ((254 << 23) - unit + (14 << 23)).to(tl.float32, bitcast=True)
+    return (h * scale[None, :]).to(tl.float16).to(tl.int16, bitcast=True), (unit >> 16).to(tl.int16)
+
+
+@triton.jit
+def lengthen(short, unit):
+    """What ``shorten`` shortened, to a rounding of float16."""
+    scale = ((unit.to(tl.int32) << 16) - (14 << 23)).to(tl.float32, bitcast=True)
+    return short.to(tl.float16, bitcast=True).to(tl.float32) * scale[None, :]
+
+
 # do_not_specialize keeps a kernel from being compiled again for each length that 16 divides, or that is 1.
 @triton.jit(do_not_specialize=["T", "cells", "index_row"])
 def invert(index, visit, T, cells, index_row, BLOCK: tl.constexpr):
@@ -181,6 +197,14 @@ def clear(
             e = begin + tl.arange(0, BLOCK_E)
             zero = tl.zeros((BLOCK_C, BLOCK_E), out.dtype.element_ty)
             tl.store(out + (to[:, None] + e[None, :]), zero, mask=missing[:, None] & (e < E)[None, :])
+
+
+@triton.jit(do_not_specialize=["count"])
+def zero(x, counter, count, BLOCK: tl.constexpr):
+    """Zero in x (count), and in a counter."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + i, tl.zeros((BLOCK,), x.dtype.element_ty), mask=i < count)
+    tl.store(counter, 0, mask=tl.program_id(0) == 0)
 
 
 @triton.jit(

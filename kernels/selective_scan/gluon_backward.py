@@ -4,7 +4,8 @@ Same arguments, same gradients. A group of STEPS steps, from one kept state to t
 shared memory: the states before each step are computed again and noted there in 16 bits; dC is summed over channels;
 the adjoint goes back through the steps and is noted where the states were; dB is summed over channels. Where there are
 16 states the sums over channels are products of tensor cores: a step's tile (states, channels) with the vectors of all
-8 steps, of which the step's own column is kept.
+8 steps, of which the step's own column is kept. These sums pass from one block of channels to the next; see
+``pass_on``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from vssm.kernels.gluon_shared import (
     entries,
     gate_layout,
     gates,
+    lengthen,
     place,
     put,
     row,
@@ -134,16 +136,41 @@ def chunk_adjoints(
 
 
 @gluon.jit
-def sum_channels(part, t, stride, notes, vectors, count, n):
-    """Sum notes[j] (states, channels) times column j of ``vectors``, (channels, 8), over channels, to part[t + j]."""
+def relayed(relay):
+    """What stands in ``relay``, as 32 bits."""
+    return gl.load(relay, volatile=True).to(gl.int32, bitcast=True)
+
+
+@gluon.jit
+def sum_channels(notes, vectors, relay, come, links):
+    """Sum notes[j] (states, channels) times column j of ``vectors``, (channels, 8), over channels: (states, 8).
+
+    The sums of the ``links`` blocks of channels before are added as soon as they stand in ``relay``; ``come`` is what
+    stood there a moment ago. See ``pass_on``.
+    """
     column = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
-    state = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
     sums = gl.zeros([16, 8], gl.float32, layout=MMA)
     for j in gl.static_range(8):
         product = mma_v2(notes.index(j).load(LEFT), vectors, gl.zeros([16, 8], gl.float32, layout=MMA))
         sums = gl.where(gl.expand_dims(column == j, 0), product, sums)
-    at = gl.expand_dims((t + column).to(gl.int64) * stride, 0) + gl.expand_dims(state, 1)
-    gl.store(part + at, sums, mask=gl.expand_dims(column < count, 0) & gl.expand_dims(state < n, 1))
+    while gl.max(gl.reshape((come ^ links) & 255, [128]), 0) > 0:
+        come = relayed(relay)
+    return sums + (come & -256).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def pass_on(sums, relay, out, at, inside, links, last):
+    """Pass sums (states, 8) on to the next block of channels; those of the last go to ``out``, and the place is free.
+
+    The last 8 bits of a relayed sum, worth 2**-16 of it, are the number of blocks in it, 0 in a free place. So it says
+    itself whether it is the one awaited, and no order between memory accesses matters.
+    """
+    if last:
+        gl.store(out + at, sums.to(out.dtype.element_ty), mask=inside)
+        gl.store(relay, gl.zeros([16, 8], gl.float32, layout=MMA), cache_modifier=".cg")
+    else:
+        sums = ((sums.to(gl.int32, bitcast=True) & -256) | (links + 1)).to(gl.float32, bitcast=True)
+        gl.store(relay, sums, cache_modifier=".cg")
 
 
 @gluon.jit
@@ -155,23 +182,32 @@ def lane_sums(x, BLOCK_D: gl.constexpr):
 @gluon.jit(do_not_specialize=VARY)
 def gradients(
     u, delta, A, B, C, D, z, bias, table, read, write, dy, states,
-    du, ddelta, dBC, dz, chunked, dinitial, scratch,
+    du, ddelta, dB, dC, dBC, dz, chunked, dinitial, scratch, relay, turn,
     u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, C_b, C_k, C_r, z_b, z_m, dy_b, dy_k, dy_m,
     A_k, A_d, A_n, D_k, bias_k, table_b, table_k, read_b, read_k, write_b, write_k,
-    K, L, R, M, T, d, n, chunk, chunks, works,
+    K, L, R, M, T, d, n, chunk, chunks, works, slots,
     CARRIED: gl.constexpr, EVERY: gl.constexpr,
     SOFTPLUS: gl.constexpr, READ_TABLE: gl.constexpr, WRITE_TABLE: gl.constexpr,
     DU_CELLS: gl.constexpr, DDELTA_CELLS: gl.constexpr, DZ_CELLS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STEPS: gl.constexpr, VEC: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
-    """All gradients of the recurrence for BLOCK_D channels of a chunk, as in ``triton_backward``, without scratch."""
+    """All gradients of the recurrence for BLOCK_D channels of a chunk, as in ``triton_backward``, without scratch.
+
+    With 16 states ``relay`` is (b, chunks, k, slots, 2, n, STEPS), zero, ``turn`` a counter at 0, and dB and dC are
+    (b, k, R, n), or else both together dBC, (b, k, T, 2, n) by step. A chunk of more than ``slots`` groups needs
+    all its blocks on the device at once.
+    """
     TILE: gl.constexpr = tile_layout(BLOCK_N, BLOCK_D)
     CHANNEL: gl.constexpr = gl.SliceLayout(0, TILE)
     STATE: gl.constexpr = gl.SliceLayout(1, TILE)
     ROW: gl.constexpr = row_layout(BLOCK_D)
     GATE: gl.constexpr = gate_layout(BLOCK_N)
     SUMS: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0])
-    first, k, c, b = place(gl.program_id(0), d, K, chunks, BLOCK_D)
+    if turn is None:
+        work = gl.program_id(0)
+    else:  # a program takes sums from one that has begun before it
+        work = gl.atomic_add(turn, 1, sem="relaxed")
+    first, k, c, b = place(work, d, K, chunks, BLOCK_D)
     blocks = (d + BLOCK_D - 1) // BLOCK_D
     bk = b.to(gl.int64) * K + k
     channel = first + gl.arange(0, BLOCK_D, layout=CHANNEL)
@@ -192,7 +228,17 @@ def gradients(
     du += gl.multiple_of(bk * (L if DU_CELLS else T) * d, 8)
     ddelta += gl.multiple_of(bk * (R if DDELTA_CELLS else T) * d, 8)
     dz = dz if z is None else dz + gl.multiple_of(bk * (M if DZ_CELLS else T) * d, 8)
-    part = dBC + (bk * T * blocks + first // BLOCK_D) * 2 * n
+    if BLOCK_N == 1:
+        dBC += (bk * T * blocks + first // BLOCK_D) * 2
+    else:
+        links, last, slot = first // BLOCK_D, first + BLOCK_D >= d, 0
+        column_s = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
+        state_s = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(1, MMA)), 1)
+        relay += (work // blocks).to(gl.int64) * slots * 256 + (state_s * 8 + gl.expand_dims(column_s, 0))
+        if dBC is None:
+            dB, dC = dB + bk * R * n, dC + bk * R * n
+        else:
+            dB, dC = dBC + bk * T * 2 * n, dBC + (bk * T * 2 + 1) * n
 
     xs = gl.allocate_shared_memory(u.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
     raws = gl.allocate_shared_memory(delta.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
@@ -221,7 +267,7 @@ def gradients(
     if BLOCK_N == 1:
         B_sums = gl.allocate_shared_memory(gl.float32, [STEPS, 32], FLAT)
         C_sums = gl.allocate_shared_memory(gl.float32, [STEPS, 32], FLAT)
-        step_s = gl.arange(0, STEPS, layout=gl.SliceLayout(1, SUMS))
+        step_1 = gl.arange(0, STEPS, layout=gl.SliceLayout(1, SUMS))
 
     adjoint = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, layout=TILE)
     chunked += ((b.to(gl.int64) * chunks + c) * K + k) * (n + 2) * d
@@ -236,8 +282,13 @@ def gradients(
     for i in range((end - start + EVERY - 1) // EVERY):
         begin = (end - 1) // EVERY * EVERY - i * EVERY
         groups = (gl.minimum(EVERY, end - begin) + STEPS - 1) // STEPS
-        at = ((bk * ((T + EVERY - 1) // EVERY) + begin // EVERY) * n + tile_n) * d + tile_d
-        h = gl.load(states + at, mask=in_tile, other=0.0).to(gl.float32)
+        kept = bk * ((T + EVERY - 1) // EVERY) + begin // EVERY
+        if BLOCK_N == 1:
+            h = gl.load(states + (kept * d + tile_d), mask=in_tile, other=0.0).to(gl.float32)
+        else:
+            kept = kept * (n + 1)
+            short = gl.load(states + ((kept + tile_n) * d + tile_d), mask=in_tile, other=0)
+            h = lengthen(short, gl.load(states + ((kept + n) * d + channel), mask=in_d, other=0))
         notes.index(STEPS).store(h.to(gl.bfloat16))
         if EVERY > STEPS:  # the state before each group
             for group in range(1, groups):
@@ -270,6 +321,13 @@ def gradients(
             cells = entries(parameters, t + step_g, end, R)
             Bs.store(gates(B, B_r, cells, state_g, n).to(gl.float32))
             Cs.store(gates(C, C_r, cells, state_g, n).to(gl.float32))
+            if BLOCK_N == 16:
+                cell_s = entries(parameters, t + column_s, end, R)
+                inside = gl.expand_dims(cell_s >= 0, 0)
+                at = cell_s.to(gl.int64) * n if dBC is None else (t + column_s).to(gl.int64) * (2 * n)
+                to = gl.expand_dims(at, 0) + state_s
+                relay_B, relay_C = relay + slot * 256, relay + (slot * 256 + 128)
+                slot = gl.where(slot + 1 == slots, 0, slot + 1)
             h = notes.index(STEPS + group).load(TILE).to(gl.float32)
             async_copy.wait_group(0)
 
@@ -290,12 +348,15 @@ def gradients(
                     else:
                         gl.store(dz + (gl.multiple_of((t + j).to(gl.int64) * d, 8) + channel), dgate, mask=in_d)
                     g_rows.index(j).store(dyj * gate * sigmoid(gate))
+            if BLOCK_N == 16:  # what other blocks have of dC
+                come = relayed(relay_C)
             if DZ_CELLS:
                 put(dz, o, column, d, zs.load(ROW))
 
             if BLOCK_N == 16:  # dC
                 vectors = g_rows._reinterpret(g_rows.dtype, [STEPS, BLOCK_D], ROWS).permute([1, 0]).load(RIGHT)
-                sum_channels(part + n, t, blocks * 2 * n, notes, vectors.to(gl.bfloat16), count, n)
+                sums = sum_channels(notes, vectors.to(gl.bfloat16), relay_C, come, links)
+                pass_on(sums, relay_C, dC, to, inside, links, last)
 
             for back in range(count):  # the adjoint
                 j = count - 1 - back
@@ -321,20 +382,23 @@ def gradients(
                 dD += gj * x
                 dy_rows.index(j).store((step * dinput + skip * gj).to(dy.dtype.element_ty))  # du in the place of dy
                 raw_rows.index(j).store(dstep.to(delta.dtype.element_ty))
+            if BLOCK_N == 16:  # what other blocks have of dB
+                come = relayed(relay_B)
             steps_here = entries(None, t + step_r, end, T)
             put(du, p if DU_CELLS else steps_here, column, d, dys.load(ROW).to(du.dtype.element_ty))
-            put(ddelta, q if DDELTA_CELLS else steps_here, column, d, raws.load(ROW))
 
             if BLOCK_N == 16:  # dB
                 vectors = xs.permute([1, 0]).load(RIGHT).to(gl.float32)
                 vectors *= steps._reinterpret(gl.float32, [STEPS, BLOCK_D], ROWS).permute([1, 0]).load(RIGHT)
-                sum_channels(part, t, blocks * 2 * n, notes, vectors.to(gl.bfloat16), count, n)
+                sums = sum_channels(notes, vectors.to(gl.bfloat16), relay_B, come, links)
+                pass_on(sums, relay_B, dB, to, inside, links, last)
             else:
-                to = (t + step_s).to(gl.int64) * (blocks * 2)
+                to = (t + step_1).to(gl.int64) * (blocks * 2)
                 B_sum = gl.sum(B_sums._reinterpret(gl.float32, [STEPS, 32], ROWS).load(SUMS), 1)
                 C_sum = gl.sum(C_sums._reinterpret(gl.float32, [STEPS, 32], ROWS).load(SUMS), 1)
-                gl.store(part + to, B_sum, mask=step_s < count)
-                gl.store(part + to + 1, C_sum, mask=step_s < count)
+                gl.store(dBC + to, B_sum, mask=step_1 < count)
+                gl.store(dBC + to + 1, C_sum, mask=step_1 < count)
+            put(ddelta, q if DDELTA_CELLS else steps_here, column, d, raws.load(ROW))
 
     gl.store(chunked + (tile_n * d + tile_d), dA, mask=in_tile)
     gl.store(chunked + (n * d + channel), dD, mask=in_d)

@@ -17,7 +17,8 @@ then runs again from its start. Rows that already fill the device are not cut.
 
 Nothing is added atomically. A program writes to its own cells only, which takes a promise (``revisits=False``) that no
 row visits a cell twice; otherwise, and wherever rows are summed, steps leave their parts in step order and
-``sum_visits`` adds those of a cell in a fixed order.
+``sum_visits`` adds those of a cell in a fixed order. The sums over channels in dB and dC are parts of each block of
+channels too, or, in Gluon with 16 states, passed on from block to block.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from vssm.kernels.triton_launch import (
     visits,
 )
 from vssm.kernels.triton_replay import empty, replayed
+from vssm.kernels.triton_shared import zero
 
 
 class Plan(NamedTuple):
@@ -79,7 +81,7 @@ def plan(b: int, k: int, t: int, d: int, n: int, bfloat16: bool, gluon: bool, un
     warps = max(1, min(8, block_n // 16))
     every = interval(n, d, bfloat16)
     if gluon:
-        steps, registers = (8, 128 if n == 1 else 168) if backward else (16 if n == 16 else 8, None)
+        steps, registers = (8, 128 if n == 1 else 168) if backward else (16, 128) if n == 16 else (8, None)
         resident, enough = (BACKWARD if backward else FORWARD)[n == 1]
     else:
         steps = 2 if backward else 4
@@ -99,6 +101,9 @@ def plan(b: int, k: int, t: int, d: int, n: int, bfloat16: bool, gluon: bool, un
 # Gluon, with 16 states and with one: programs a multiprocessor that rows are cut for, and how many are enough not to
 # cut them, since chunks cost a second pass.
 FORWARD, BACKWARD = ((16, 5), (16, 5)), ((11, 5), (12, 5))
+# Groups of steps whose sums of dB and dC may be on their way from block to block of channels, if a device holds all
+# blocks of a chunk many times over: of 4 programs a multiprocessor at least, those of 16 launches wait for one another.
+RING = 6
 
 
 def interval(n: int, d: int, bfloat16: bool) -> int:
@@ -110,15 +115,17 @@ def interval(n: int, d: int, bfloat16: bool) -> int:
 
 def compact(n: int, d: int, bfloat16: bool) -> bool:
     """Whether states are kept as often as the kernels in Gluon want them; those kernels may still not fit."""
-    return bfloat16 and n in (1, 16) and d % 8 == 0
+    return bfloat16 and n in (1, 16) and d % 8 == 0 and d <= 8192  # 256 blocks: relayed sums count no more
 
 
 def saved(b: int, k: int, t: int, d: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of the states that the backward starts its intervals from; ``dtype`` is that of u."""
     bfloat16 = dtype == torch.bfloat16
     every = interval(n, d, bfloat16)
-    half = n == 1 and compact(n, d, bfloat16)
-    return (b, k, (t + every - 1) // every, n, d), torch.bfloat16 if half else torch.float32
+    rows, kept = n, torch.float32
+    if compact(n, d, bfloat16):
+        rows, kept = (1, torch.bfloat16) if n == 1 else (n + 1, torch.int16)
+    return (b, k, (t + every - 1) // every, rows, d), kept
 
 
 class Kernels(NamedTuple):
@@ -308,12 +315,16 @@ def _backward(
     A, D, bias = _parameters(p)
     z_b, _, z_m = strides(p.z)
 
+    def cells(x: Tensor, found: Visits) -> Tensor | None:
+        """The gradient of ``x`` where a row may write straight to its cells; None if steps must be summed."""
+        if (x.dim() == 3 and k > 1) or found.first is not None:
+            return None
+        return empty(x.shape, x.dtype, x.device, zero=not found.complete and x.numel() < LARGE)
+
     def destination(x: Tensor, found: Visits, parts: torch.dtype) -> tuple[Tensor, bool]:
         """Where a row's gradient of ``x`` goes: into its cells, or in step order to be summed."""
-        by_cell = (x.dim() == 4 or k == 1) and found.first is None
-        zero = by_cell and not found.complete and x.numel() < LARGE
-        made = empty(x.shape, x.dtype, x.device, zero=zero) if by_cell else empty((b, k, t, d), parts, x.device)
-        return made, by_cell
+        made = cells(x, found)
+        return (empty((b, k, t, d), parts, x.device), False) if made is None else (made, True)
 
     chunked = new((b, how.chunks, k, n + 2, d))  # of each chunk: what it hands on, what comes in, what parameters get
     if how.chunks > 1:
@@ -331,7 +342,19 @@ def _backward(
     ddelta, ddelta_cells = destination(p.delta, by_read, p.delta.dtype)
     # Rounded, parts of dz would be as coarse as dz itself is allowed to be.
     dz, dz_cells = (None, False) if p.z is None else destination(p.z, by_write, torch.float32)
-    dBC = new((b, k, t, blocks, 2 * n))
+    dB = dC = dBC = relay = turn = None
+    slots = 0
+    if kernels is PLAIN or n == 1:
+        dBC = new((b, k, t, blocks, 2 * n))
+    else:  # each block of channels passes its sums on to the next
+        if p.B.dim() == p.C.dim():
+            dB, dC = cells(p.B, by_read), cells(p.C, by_read)
+        if dB is None:
+            dBC = new((b, k, t, 2 * n))
+        groups = cdiv(how.chunk, how.steps)
+        slots = min(RING, groups) if blocks <= processors(p.u.device) // 4 else groups
+        relay, turn = new((b, how.chunks, k, slots, 2, n, how.steps)), empty((1,), torch.int32, p.u.device)
+        launch(zero, cdiv(relay.numel(), 4096), (relay, turn, relay.numel()), dict(BLOCK=4096), 4)
     dinitial = None if p.initial_state is None else new((b, k, d, n))
     every, scratch, programs = interval(n, d, _bfloat16(p)), None, works
     if kernels is PLAIN:
@@ -340,10 +363,10 @@ def _backward(
     launch(
         kernels.gradients, programs,
         (p.u, p.delta, p.A, p.B, p.C, p.D, p.z, p.delta_bias, p.table, p.read, p.write, grad_y, states,
-         du, ddelta, dBC, dz, chunked, dinitial, scratch,
+         du, ddelta, dB, dC, dBC, dz, chunked, dinitial, scratch, relay, turn,
          *strides(p.u), *strides(p.delta), *strides(p.B), *strides(p.C), z_b, z_m, *strides(grad_y), *A, D, bias,
          *index_strides(p.table), *index_strides(p.read), *index_strides(p.write),
-         k, l, r, m, t, d, n, how.chunk, how.chunks, works),
+         k, l, r, m, t, d, n, how.chunk, how.chunks, works, slots),
         dict(CARRIED=carried, EVERY=every, SOFTPLUS=p.delta_softplus, READ_TABLE=read_table,
              WRITE_TABLE=write_table, DU_CELLS=du_cells, DDELTA_CELLS=ddelta_cells, DZ_CELLS=dz_cells) | tile,
         how.warps, how.registers,
@@ -352,14 +375,17 @@ def _backward(
     du = _by_cell(du, p.u, by_table, du_cells)
     ddelta = _by_cell(ddelta, p.delta, by_read, ddelta_cells)
     dz = dz if dz is None or p.z is None else _by_cell(dz, p.z, by_write, dz_cells)
-    dB, dC = (empty(x.shape, x.dtype, x.device) if gates else None for x in (p.B, p.C))
-    if dB is None or dC is None:
-        pass
-    elif p.B.dim() == p.C.dim():
-        sum_by_cell(dBC, by_read, dB, out_2=dC)
+    if not gates:
+        dB = dC = None
+    elif dBC is None:
+        dB, dC = _by_cell(dB, p.B, by_read, True), _by_cell(dC, p.C, by_read, True)
     else:
-        sum_by_cell(dBC[..., :n].contiguous(), by_read, dB)
-        sum_by_cell(dBC[..., n:].contiguous(), by_read, dC)
+        dB, dC = empty(p.B.shape, p.B.dtype, p.B.device), empty(p.C.shape, p.C.dtype, p.C.device)
+        if p.B.dim() == p.C.dim():
+            sum_by_cell(dBC, by_read, dB, out_2=dC)
+        else:
+            sum_by_cell(dBC[..., :n].contiguous(), by_read, dB)
+            sum_by_cell(dBC[..., n:].contiguous(), by_read, dC)
     dA, dD, dbias = parameter_grads(chunked, (p.A, p.D, p.delta_bias)) if parameters else (None,) * 3
     return [du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial]
 

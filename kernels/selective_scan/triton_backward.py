@@ -20,6 +20,7 @@ from vssm.kernels.triton_shared import (
     apart,
     entries,
     gates,
+    lengthen,
     power,
     put,
     row,
@@ -99,10 +100,10 @@ def chunk_adjoints(
 @triton.jit(do_not_specialize=VARY)
 def gradients(
     u, delta, A, B, C, D, z, bias, table, read, write, dy, states,
-    du, ddelta, dBC, dz, chunked, dinitial, scratch,
+    du, ddelta, dB, dC, dBC, dz, chunked, dinitial, scratch, relay, turn,
     u_b, u_k, u_l, delta_b, delta_k, delta_r, B_b, B_k, B_r, C_b, C_k, C_r, z_b, z_m, dy_b, dy_k, dy_m,
     A_k, A_d, A_n, D_k, bias_k, table_b, table_k, read_b, read_k, write_b, write_k,
-    K, L, R, M, T, d, n, chunk, chunks, works,
+    K, L, R, M, T, d, n, chunk, chunks, works, slots,
     CARRIED: tl.constexpr, EVERY: tl.constexpr,
     SOFTPLUS: tl.constexpr, READ_TABLE: tl.constexpr, WRITE_TABLE: tl.constexpr,
     DU_CELLS: tl.constexpr, DDELTA_CELLS: tl.constexpr, DZ_CELLS: tl.constexpr,
@@ -152,8 +153,13 @@ def gradients(
             s = (chunk_end - 1) // EVERY - i
             start = s * EVERY
             end = tl.minimum(start + EVERY, chunk_end)
-            at = ((bk * tl.cdiv(T, EVERY) + s) * n + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)
-            h = tl.load(states + at, mask=in_tile, other=0.0).to(tl.float32)
+            SHORT: tl.constexpr = 1 if states.dtype.element_ty == tl.int16 else 0
+            kept = (bk * tl.cdiv(T, EVERY) + s) * (n + SHORT)
+            at = (kept + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)
+            h = tl.load(states + at, mask=in_tile, other=0)
+            if SHORT:
+                h = lengthen(h, tl.load(states + ((kept + n) * d + channel), mask=in_d, other=0))
+            h = h.to(tl.float32)
 
             p = entries(p_row, start, end, L, STEPS)  # forward: note every STEPS-th state
             q = p if READ_TABLE else entries(q_row, start, end, R, STEPS)

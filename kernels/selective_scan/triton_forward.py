@@ -22,6 +22,7 @@ from vssm.kernels.triton_shared import (
     put,
     row,
     rows,
+    shorten,
     sigmoid,
     softplus,
     state_index,
@@ -32,7 +33,7 @@ from vssm.kernels.triton_shared import (
 VARY = tuple(
     "u_b u_k u_l delta_b delta_k delta_r B_b B_k B_r C_b C_k C_r z_b z_m dy_b dy_k dy_m A_k A_d A_n D_k "
     "bias_k table_b table_k read_b read_k write_b write_k initial_b initial_k initial_d K L R M T d n "
-    "chunk chunks interval works".split()
+    "chunk chunks interval works slots".split()
 )
 
 
@@ -183,8 +184,8 @@ def outputs(
     """y at the written cells, (b, k, M, d); the last state; and, if asked, every interval-th state.
 
     ``initial`` is what the row starts from, (b, k, d, n) with free strides, or None for zero; if CHUNKED, what each
-    chunk starts from, as ``pass_states`` leaves it. ``states`` is (b, k, cdiv(T, interval), n, d); STEPS divides
-    chunk and interval.
+    chunk starts from, as ``pass_states`` leaves it. ``states`` is (b, k, cdiv(T, interval), n, d), or in
+    16 bits with a row behind each, see ``shorten``; STEPS divides chunk and interval.
     """
     first, k, c, b = place(tl.program_id(0), d, K, chunks, BLOCK_D)
     channel, state = first + tl.arange(0, BLOCK_D), state_index(BLOCK_N)
@@ -214,7 +215,8 @@ def outputs(
     write = write if write is None else row(write, write_b, write_k, b, k, 1)
     y += tl.multiple_of(bk * M * d, VEC)
     if states is not None:
-        states += bk * tl.cdiv(T, interval) * n * d
+        SHORT: tl.constexpr = 1 if states.dtype.element_ty == tl.int16 else 0
+        states += bk * tl.cdiv(T, interval) * (n + SHORT) * d
 
     start = c * chunk
     end = tl.minimum(start + chunk, T)
@@ -244,8 +246,14 @@ def outputs(
         q = p if READ_TABLE else entries(read, t + 2 * STEPS, end, R, STEPS)
         if states is not None:  # noqa: SIM102 - decided while compiling, the next one while running
             if t % interval == 0:
-                at = (t // interval).to(tl.int64) * n + along_n(state, BLOCK_N)
-                tl.store(states + (at * d + along_d(channel, BLOCK_N)), h, mask=in_tile)
+                kept = (t // interval).to(tl.int64) * (n + SHORT)
+                at = (kept + along_n(state, BLOCK_N)) * d + along_d(channel, BLOCK_N)
+                if SHORT:
+                    short, unit = shorten(h)
+                    tl.store(states + at, short, mask=in_tile)
+                    tl.store(states + ((kept + n) * d + channel), unit, mask=in_d)
+                else:
+                    tl.store(states + at, h, mask=in_tile)
         for j in tl.static_range(STEPS):
             h = advance(h, a, step_size(raw[j], shift, t + j < end, SOFTPLUS, EXACT), x[j], Bs[j], BLOCK_N, EXACT)
             out = sum_n(h * along_n(Cs[j].to(tl.float32), BLOCK_N), BLOCK_N)

@@ -145,6 +145,61 @@ def test_results_repeat_bit_for_bit(revisits):
 
 
 @gpu
+@pytest.mark.parametrize("table", [True, False], ids=["one table", "two tables"])
+@pytest.mark.parametrize("shared", ["u", "B C"])
+def test_sums_that_pass_through_programs_repeat_bit_for_bit(shared, table, monkeypatch):
+    """Blocks of channels add to dB and dC one after another: five times more programs than fit, on two streams."""
+    b, k, l, d = 256, 2, 60, 232
+    inputs = {name: x.cuda() for name, x in rounded(scan_inputs(b, k, l, d, 16, shared=shared), torch.bfloat16).items()}
+    tables = {name: permutations(k, l).cuda() for name in ("table", "read")}
+    if table:
+        tables["read"] = tables["table"]
+    tables["read"][:, 7] = -1  # padding
+    options = dict(delta_softplus=True, revisits=False, backend="triton") | tables
+    run = partial(value_and_grads, selective_scan, inputs, **options)
+    expected, streams = run(), (torch.cuda.Stream(), torch.cuda.Stream())
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(10):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(run())
+    torch.cuda.synchronize()
+    for results in found:
+        for name, value in results.items():
+            assert torch.equal(value, expected[name]), name
+    monkeypatch.setattr(import_module("vssm.kernels.selective_scan.triton"), "use_gluon", False)
+    assert_close(expected, run(), 2 * TOLERANCE[torch.bfloat16])
+
+
+@gpu
+@pytest.mark.parametrize("sizes", [(64, 1, 197, 384), (2, 1, 2**16, 96), (8, 4, 4096, 120)], ids=str)
+def test_memory_beside_inputs_and_results(sizes):
+    """At the peak of forward and backward with 16 states, in multiples of one (b, k, l, d)."""
+    b, k, l, d = sizes
+    inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(b, k, l, d, 16, shared="u").items()}
+    inputs |= {name: inputs[name].float() for name in ("A", "D", "delta_bias")}
+    left = ("initial_state",) if k == 1 else ("initial_state", "z")
+    inputs = {name: x.requires_grad_() for name, x in inputs.items() if name not in left}
+    options = dict(delta_softplus=True, table=permutations(k, l).cuda(), revisits=False, merge="sum", backend="triton")
+    weights = torch.randn_like(inputs["u"])
+
+    def run() -> int:
+        y, _ = selective_scan(**inputs, **options)
+        grads = torch.autograd.grad(y, list(inputs.values()), weights)
+        return sum(x.numel() * x.element_size() for x in (y, *grads))
+
+    results = run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    taken = torch.cuda.max_memory_allocated() - before - results
+    assert taken / (2 * b * k * l * d) < (1 if k == 1 else 2)
+
+
+@gpu
 @pytest.mark.parametrize("large", [0, 2**40], ids=["searched", "zeroed"])
 def test_cells_that_no_step_visits_are_zero(large, monkeypatch):
     monkeypatch.setattr(import_module("vssm.kernels.selective_scan.triton"), "LARGE", large)
