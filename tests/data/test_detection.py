@@ -394,6 +394,7 @@ def test_refuses_shares_that_are_none():
 
 
 def test_mosaics_are_drawn_from_readable_images(digits):
-    made = BoxScenes(digits.data["train"].source, BoxAugment(mosaic=1.0, canvas=128), seed=0, training=True, max_corrupt=1)
+    augment = BoxAugment(mosaic=1.0, canvas=128)
+    made = BoxScenes(digits.data["train"].source, augment, seed=0, training=True, max_corrupt=1)
     assert same(made[(0, 3, 0)], made[(0, 3, 0)])
     assert made[(0, 3, 0)]["image"].shape == (1, 128, 128)
