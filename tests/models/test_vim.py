@@ -180,6 +180,7 @@ def test_every_path_is_the_forward_pass_of_the_sheet(options, meaning):
         ({"window": 7}, "arguments window"),
         ({"use_double_cls_token": True, "if_rope": True}, "if_rope with two class tokens"),
         ({"if_rope": True, "pt_hw_seq_len": 7}, "pt_hw_seq_len=7"),
+        ({"final_pool_type": "max"}, "final_pool_type='max' with a class token"),
     ],
 )
 def test_says_what_it_does_not_cover(kwargs, reason):

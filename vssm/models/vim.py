@@ -342,6 +342,8 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         raise NotCovered("if_rope with two class tokens fails in the published code")
     where = "ends" if given["use_double_cls_token"] else "middle" if given["use_middle_cls_token"] else "first"
     where = where if given["if_cls_token"] else None
+    if where and given["final_pool_type"] == "max":
+        raise NotCovered("final_pool_type='max' with a class token is the largest logit of the published code")
     same = ("img_size", "num_classes", "patch_size", "stride", "embed_dim", "depth", "d_state")
     return {
         **{key: given[key] for key in same},
