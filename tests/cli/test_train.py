@@ -222,3 +222,21 @@ def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
     assert ends[1][1] == ends[2][1]
     assert len(ends[2][0]["random_state"]) == 2
+
+
+@pytest.mark.slow
+def test_the_training_loss_is_the_mean_over_all_processes(tmp_path):
+    """Without learning, the mean over an epoch does not depend on how the images are shared out."""
+    rate = {"optimizer": {"lr": 1e-12}, "schedule": {"warmup_epochs": 0, "min_lr": 0.0}}
+    config = small_config(image_folder(tmp_path / "data"), **rate, mixup={}, ema_decay=None)
+    config["model"]["init_args"]["model_kwargs"] = {"img_size": 32, "patch_size": 16}
+    config["data"]["init_args"]["augment"] = None
+    config["trainer"]["max_epochs"] = 1
+    losses = []
+    for processes in (1, 2):
+        config["trainer"]["devices"] = processes
+        config["data"]["init_args"]["loader"]["batch_size"] = 4 // processes
+        fit_process(tmp_path, f"on{processes}", config)
+        with open(tmp_path / f"on{processes}" / "version_0" / "metrics.csv") as file:
+            losses.append(float(next(csv.DictReader(file))["train/loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -120,7 +120,8 @@ class Task(LightningModule):
         loss = self.loss(images, target)
         if not torch.isfinite(loss):
             self._stop(batch, images, target, before)
-        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(images))
+        self.log("train/loss_step", loss, prog_bar=True, on_step=True, on_epoch=False)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
         return loss
 
     def _stop(self, batch: dict[str, Any], images: Tensor, target: Any, before: dict[str, Any]) -> None:
