@@ -238,7 +238,7 @@ def draw_scenes(file: Path, scenes: list[Shown], names: list[str]) -> None:
     height, width = (max(pixels.shape[i] for pixels in drawn) for i in (1, 2))
     padded = [nn.functional.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in drawn]
     sheet: Image.Image = to_pil_image(make_grid(padded, nrow=4, padding=2, pad_value=128))
-    key = f"found (score {SHOWN} or more)", "there"
+    key = f"found (score {SHOWN} or more)", "truth"
     figure = Image.new("RGB", (max(sheet.width, 240), sheet.height + 16), "black")
     figure.paste(sheet)
     pen = ImageDraw.Draw(figure)
