@@ -108,6 +108,16 @@ def test_keeps_neither_its_input_nor_the_step_sizes():
     assert {t.data_ptr() for t in large} == {x.data_ptr()}
 
 
+@pytest.mark.parametrize(("sets", "per_row"), [(4, False), (4, True), (1, False)])
+def test_learns_nothing_from_no_samples(sets, per_row):
+    ssm = SelectiveSSM(6, 4, d_state=3, dt_rank=2, per_row=per_row, shared=sets == 1)
+    u = torch.randn(0, 4, 15, 6, requires_grad=True) if per_row else torch.randn(0, 15, 6, requires_grad=True)
+    y = ssm(u, scan_table("cross", (3, 5)))
+    assert y.shape == (0, 15, 6)
+    y.sum().backward()
+    assert all((p.grad == 0).all() for p in ssm.parameters())
+
+
 def test_refuses_what_changed_since_the_forward_pass():
     ssm, table = SelectiveSSM(6, 4, d_state=3, dt_rank=2), scan_table("cross", (3, 5))
     x = torch.randn(2, 15, 6, requires_grad=True) * 1

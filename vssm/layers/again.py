@@ -104,11 +104,11 @@ def autocast_now(device: str) -> Callable[[], AbstractContextManager[object]]:
     """What makes the contexts in which autocast is as it is now."""
     on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    def again() -> AbstractContextManager[object]:
+    def context() -> AbstractContextManager[object]:
         as_now = on == torch.is_autocast_enabled(device) and (not on or dtype == torch.get_autocast_dtype(device))
         return nullcontext() if as_now else torch.autocast(device, dtype, enabled=on)
 
-    return again
+    return context
 
 
 def free() -> bool:

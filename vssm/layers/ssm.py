@@ -154,7 +154,7 @@ def filled(x_proj: Tensor, dt_weight: Tensor, dtype: torch.dtype | None = None) 
 @torch.fx.wrap
 @register_notrace_function
 def projected(u: Tensor, x_proj: Tensor, per_row: bool) -> Tensor:
-    """What the scan reads, by cell, before step sizes have their width: (b, k, l, m)."""
+    """What the scan reads beside ``u``, step sizes still of their rank: (b, k, l, m)."""
     if per_row:
         return u @ x_proj.mT
     return nn.functional.linear(u, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2]).transpose(1, 2)
@@ -253,7 +253,7 @@ class _Scan(torch.autograd.Function):
 
 def summed(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The sum of gradients (b k, ·, ·) for weights of ``shape`` over samples, and over rows where they have one set."""
-    return x.unflatten(0, (-1, shape[0])).sum(0, dtype=dtype)
+    return x.unflatten(0, (len(x) // shape[0], shape[0])).sum(0, dtype=dtype)
 
 
 _apply = recording(_Scan)
