@@ -204,7 +204,8 @@ CASES = [  # row, its options, the sheet, channels and size of the images
     ("swinumamba_endovis17", {"depths": (1, 1, 2, 1), "features": (6, 12, 20, 24, 40)}, swinumamba, 3, (32, 64)),
     ("swinumamba_abdomenmr", {"depths": (1, 1, 1, 1), "features": (6, 8, 16, 24, 48), "in_channels": 5}, swinumamba, 5,
      (64, 32)),
-    ("swinumamba_d_neuripscell", {"depths": (1, 1, 2, 1), "dim": 12, "in_channels": 2}, swinumamba_d, 2, (32, 64)),
+    ("swinumamba_d_neuripscell", {"depths": (1, 1, 2, 1), "dim": 12, "in_channels": 2, "decoder_d_state": 3},
+     swinumamba_d, 2, (32, 64)),
 ]  # fmt: skip
 QUICK = {"vmunet_synapse", "mhsunet", "mhsunet_3h", "msvmunet_acdc", "swinumamba_abdomenmr", "swinumamba_d_neuripscell"}
 
