@@ -111,7 +111,9 @@ def test_fit_says_where_its_results_are(tmp_path, capsys):
     config = small_config(image_folder(tmp_path / "data"))
     config["trainer"]["max_epochs"] = 1
     assert main(["fit", "--config", write_config(tmp_path / "small.yaml", config)]) == 0
-    *_, folder, score = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert "litlogger" not in printed.out + printed.err
+    *_, folder, score = printed.out.splitlines()
     assert folder == f"run folder {tmp_path / 'runs' / 'version_0'}"
     assert re.fullmatch(r"last validation accuracy [01]\.\d{4}", score)
 
