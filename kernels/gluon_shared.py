@@ -61,10 +61,10 @@ def silu_slope(x):
 def entries(index, step, end, limit):
     """Cells below ``limit`` that ``index`` (None: the steps themselves) names at ``step``; negative for padding."""
     if index is None:
-        cell = step
+        return gl.where((step < end) & (step < limit), step, -1)
     else:
         cell = gl.load(index + step, mask=step < end, other=-1)
-    return gl.where((step < end) & (cell < limit), cell, -1)
+        return gl.where(cell < limit, cell, -1)
 
 
 @gluon.jit
@@ -74,19 +74,25 @@ def row(x, x_b, x_k, b, k, VEC: gl.constexpr):
 
 
 @gluon.jit
+def vectors(x, stride, cell, column, d):
+    """Where rows of ``x`` lie, and whether they do. 8 divides the stride: in eights, offsets fit 32 bits."""
+    at = gl.expand_dims((cell * (stride // 8)).to(gl.int64) * 8, 1)
+    mask = gl.expand_dims(cell >= 0, 1) & gl.expand_dims(column // 8 * 8 < d, 0)
+    return x + gl.expand_dims(column, 0) + at, mask
+
+
+@gluon.jit
 def copy(to, x, stride, cell, column, d):
     """Begin to copy the rows of ``x`` at ``cell`` to shared memory, zero for padding."""
-    at = gl.expand_dims(gl.multiple_of(cell.to(gl.int64) * stride, 8), 1) + gl.expand_dims(column, 0)
-    mask = gl.expand_dims(cell >= 0, 1) & gl.expand_dims(column // 8 * 8 < d, 0)
-    async_copy.async_copy_global_to_shared(to, x + at, mask=mask)
+    at, mask = vectors(x, stride, cell, column, d)
+    async_copy.async_copy_global_to_shared(to, at, mask=mask)
 
 
 @gluon.jit
 def put(x, cell, column, d, value):
     """Write rows to ``x``, whose rows are d long, at ``cell``; nothing for padding."""
-    at = gl.expand_dims(gl.multiple_of(cell.to(gl.int64) * d, 8), 1) + gl.expand_dims(column, 0)
-    mask = gl.expand_dims(cell >= 0, 1) & gl.expand_dims(column // 8 * 8 < d, 0)
-    gl.store(x + at, value, mask=mask)
+    at, mask = vectors(x, d, cell, column, d)
+    gl.store(at, value, mask=mask)
 
 
 @gluon.jit

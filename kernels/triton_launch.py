@@ -274,7 +274,7 @@ def sum_by_cell(
     merge, cells = out.dim() == 3, out.shape[-2]
     parts_of_a_step = blocks[0] if blocks else 1
     divisor = columns & -columns
-    block_e = min(divisor if divisor >= 32 else power_of_2(columns), 128)
+    block_e = min(power_of_2(columns) if columns <= 128 or divisor < 32 else divisor, 128)
     unit = min(divisor, 8)
     block_j = power_of_2(parts_of_a_step)
     block_c = max(1, 2048 // (block_e * block_j))
@@ -293,6 +293,8 @@ def parameter_grads(parts: Tensor, parameters: Sequence[Tensor | None]) -> list[
     *pieces, k, rows, d = parts.shape
     grads = [None if x is None else empty(x.shape, x.dtype, x.device) for x in parameters]
     shared = [x is not None and x.dim() == dims for x, dims in zip(parameters, (2, 1, 1))]
+    block_s = 512 if prod(pieces) > 128 else 64
     launch(sum_parameters, cdiv(d, 32) * k * rows, (parts, *grads, prod(pieces), k, d, rows - 2),
-           dict(A_SHARED=shared[0], D_SHARED=shared[1], BIAS_SHARED=shared[2], BLOCK_S=64, BLOCK_D=32), 4)  # fmt: skip
+           dict(A_SHARED=shared[0], D_SHARED=shared[1], BIAS_SHARED=shared[2], BLOCK_S=block_s, BLOCK_D=32),
+           block_s // 32 if block_s > 64 else 4)  # fmt: skip
     return grads

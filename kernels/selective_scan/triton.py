@@ -60,6 +60,7 @@ class Plan(NamedTuple):
 
     block_n: int
     block_d: int
+    parts: int  # chunks that a program takes side by side
     steps: int
     warps: int
     registers: int | None
@@ -73,34 +74,42 @@ def plan(b: int, k: int, t: int, d: int, n: int, bfloat16: bool, gluon: bool, un
     """Tiles by the number of states; chunks so that the programs fill the device. Measured on an H100.
 
     A thread holds 16 states where a channel has that many (more would leave too few registers for the steps in flight);
-    a warp reads 128 channels where a channel has one state, which is bound by memory. In plain Triton 12 warps a
-    multiprocessor with 168 registers, or 16 with 128, are faster than fewer that keep everything in registers.
+    a warp reads 128 channels where a channel has one state, which is bound by memory, in Gluon 64. In plain Triton 12
+    warps a multiprocessor with 168 registers, or 16 with 128, are faster than fewer that keep everything in registers.
     """
-    block_n = power_of_2(n)
-    block_d = 128 if block_n == 1 and d > 64 else 64 if block_n == 1 and d > 32 else 32
+    block_n, parts = power_of_2(n), 1
+    block_d = 32 if block_n > 1 else 64 if gluon or 32 < d <= 64 else 32 if d <= 32 else 128
     warps = max(1, min(8, block_n // 16))
     every = interval(n, d, bfloat16)
     if gluon:
-        steps, registers = (8, 128 if n == 1 else 168) if backward else (16, 128) if n == 16 else (8, None)
+        steps, registers = (8, 144 if n == 1 else 168) if backward else (16, 128) if n == 16 else (8, None)
         resident, enough = (BACKWARD if backward else FORWARD)[n == 1]
     else:
         steps = 2 if backward else 4
         resident = enough = 16 if block_n == 1 else 12
         registers = None if block_n > 16 else 128 if block_n == 1 else 168
     rows = b * k * cdiv(d, block_d)
+    whole = rows * warps >= units * enough
+    if gluon and n == 1 and not whole and 0 < d % 64 <= 32:  # the last block would be half empty: half as many channels
+        block_d, parts, rows = 32, 2, b * k * cdiv(d, 32)
     piece = every if backward else max(16, steps)
-    pieces = 1 if rows * warps >= units * enough else max(1, min(units * resident // warps // rows, cdiv(t, piece)))
-    chunk = cdiv(cdiv(t, pieces), piece) * piece
+    pieces = 1 if whole else max(1, min(units * resident * parts // warps // rows, cdiv(t, piece)))
+    if gluon and n == 1 and k > 1 and not whole:
+        pieces = max(pieces, min(TURNS * pieces, t // 64))
+    chunk = cdiv(cdiv(t, cdiv(pieces, parts) * parts), piece) * piece
     chunks = cdiv(t, chunk)
     # The scratch of the backward stays below four times b k t d, and below what is resident on the device.
     room = 4 * b * k * t * d // (every // 2 * block_n * block_d)
     programs = max(1, min(rows * chunks, units * resident // warps, room))
-    return Plan(block_n, block_d, steps, warps, registers, chunk, chunks, programs)
+    return Plan(block_n, block_d, parts, steps, warps, registers, chunk, chunks, programs)
 
 
 # Gluon, with 16 states and with one: programs a multiprocessor that rows are cut for, and how many are enough not to
 # cut them, since chunks cost a second pass.
-FORWARD, BACKWARD = ((16, 5), (16, 5)), ((11, 5), (12, 5))
+FORWARD, BACKWARD = ((16, 5), (14, 5)), ((11, 5), (14, 5))
+# With one state rows are cut further, into chunks of 64 steps or more, so that samples come one after another: what all
+# rows of a sample read (u, dy) is then still in the second-level cache.
+TURNS = 7
 # Groups of steps whose sums of dB and dC may be on their way from block to block of channels, if a device holds all
 # blocks of a chunk many times over: of 4 programs a multiprocessor at least, those of 16 launches wait for one another.
 RING = 6
@@ -141,20 +150,20 @@ PLAIN = Kernels(
     triton_forward.chunk_ends, triton_forward.outputs, triton_backward.chunk_adjoints, triton_backward.gradients
 )
 use_gluon = True  # tests turn it off
+FAR = 8 * 2**31  # elements of a row that the kernels in Gluon do not reach: they number vectors of 8
 
 
 @cache
-def _gluon(device: torch.device) -> Kernels | None:
-    """The kernels in Gluon, or None if this Triton or this GPU cannot have them."""
+def _gluon(device: torch.device, n: int) -> Kernels | None:
+    """The kernels in Gluon for n states, or None if this Triton or this GPU cannot have them."""
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
-        from vssm.kernels.selective_scan import gluon_backward, gluon_forward
+        from vssm.kernels.selective_scan import gluon_backward, gluon_forward, gluon_single
     except ImportError:
         return None
-    return Kernels(
-        gluon_forward.chunk_ends, gluon_forward.outputs, gluon_backward.chunk_adjoints, gluon_backward.gradients
-    )
+    forward, backward = (gluon_single, gluon_single) if n == 1 else (gluon_forward, gluon_backward)
+    return Kernels(forward.chunk_ends, forward.outputs, backward.chunk_adjoints, backward.gradients)
 
 
 def fitting(p: Problem) -> Kernels:
@@ -164,13 +173,15 @@ def fitting(p: Problem) -> Kernels:
     """
     if not use_gluon or not compact(p.n, p.d, _bfloat16(p)):
         return PLAIN
-    if not all(aligned(x) for x in (p.u, p.delta, p.z) if x is not None):
+    if not all(aligned(x) for x in (p.u, p.delta, p.z) if x is not None) or max(p.l, p.r, p.m, p.t) * p.d >= FAR:
         return PLAIN
-    return _gluon(p.u.device) or PLAIN
+    return _gluon(p.u.device, p.n) or PLAIN
 
 
 def aligned(x: Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+    """Whether rows are whole vectors of 16 bytes, which 32 bits can number."""
+    whole = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+    return whole and x.shape[-2] * x.stride(-2) < FAR
 
 
 def forward_again(kind: Kind, operands: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
@@ -212,7 +223,7 @@ def _forward(p: Problem, save: bool, found: Visits) -> list[Tensor | None]:
     how = plan(b, k, t, d, n, _bfloat16(p), kernels is not PLAIN, processors(p.u.device), False)
     tile = _tile(how, p, p.z)
     new = partial(empty, dtype=torch.float32, device=p.u.device)
-    programs = cdiv(d, how.block_d) * k * how.chunks * b
+    programs = cdiv(d, how.block_d) * k * cdiv(how.chunks, how.parts) * b
 
     direct = (not p.merge or k == 1) and (p.write is None or not p.revisits)
     # Cells that no step visits are zero: in large outputs they are looked for, small ones are zeroed before.
@@ -306,7 +317,7 @@ def _backward(
         grad_y = grad_y.clone(memory_format=torch.contiguous_format)
     tile = _tile(how, p, p.z, grad_y)
     new, blocks = partial(empty, dtype=torch.float32, device=p.u.device), cdiv(d, how.block_d)
-    works = blocks * k * how.chunks * b
+    works = blocks * k * cdiv(how.chunks, how.parts) * b
     read_table, write_table, write_read = (
         same(p.read, p.table) and r == l,
         same(p.write, p.table) and m == l,
@@ -405,7 +416,7 @@ def _pass_states(chunked: Tensor, p: Problem, initial: Tensor | None, reverse: b
     b, chunks, k, rows, d = chunked.shape
     n = rows - 2
     A, _, _ = _parameters(p)
-    block_c = 64 if chunks > 128 or (n == 1 and chunks > 32) else 16
+    block_c = 256 if n == 1 and chunks > 128 else 64 if chunks > 128 or (n == 1 and chunks > 32) else 16
     launch(
         triton_forward.pass_states, cdiv(d, 32) * k * n * b,
         (chunked, p.A, initial, *A, *strides(initial), k, d, n, chunks),

@@ -118,6 +118,14 @@ def test_chunks_agree_with_the_definition(dtype):
 
 
 @gpu
+def test_many_chunks_of_one_state_agree_with_the_definition():
+    """Two a program, and more than are passed on at once elsewhere."""
+    inputs = rounded(scan_inputs(1, 2, 2100, 96, 1), torch.bfloat16)
+    options = dict(delta_softplus=True, table=permutations(2, 2100), revisits=False)
+    assert_close(on_gpu(inputs, options), defined(inputs, **options), TOLERANCE[torch.bfloat16])
+
+
+@gpu
 def test_rows_of_different_kinds_in_one_call():
     """Mixed dtypes, strided views of one projection, an expanded input, parameters read by step."""
     b, k, l, d, n = 3, 2, 200, 36, 8
@@ -238,12 +246,12 @@ def test_another_length_compiles_nothing():
 
 
 @gpu
-@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("sizes", [(40, 1), (96, 1), (40, 16)], ids=["n 1", "n 1, two chunks a program", "n 16"])
 @pytest.mark.parametrize("shared", ["u", "u A B C D delta_bias", ""], ids=["u", "all", "none"])
 @pytest.mark.parametrize("l", [1, 9, 500])
-def test_gluon_kernels_agree_with_the_definition_and_the_plain_ones(l, shared, n, monkeypatch):
+def test_gluon_kernels_agree_with_the_definition_and_the_plain_ones(l, shared, sizes, monkeypatch):
     """And it is they that run."""
-    inputs, tolerance = rounded(scan_inputs(2, 2, l, 40, n, shared=shared), torch.bfloat16), TOLERANCE[torch.bfloat16]
+    inputs, tolerance = rounded(scan_inputs(2, 2, l, *sizes, shared=shared), torch.bfloat16), TOLERANCE[torch.bfloat16]
     options = dict(delta_softplus=True, table=permutations(2, l), revisits=False)
     gluon = on_gpu(inputs, options)
     monkeypatch.setattr(import_module("vssm.kernels.selective_scan.triton"), "use_gluon", False)
