@@ -56,7 +56,7 @@ def test_fit_test_and_predict_leave_their_files(tmp_path, capsys):
     assert {"train/loss", "train/classification_loss", "train/bbox_regression_loss", "val/map50"} <= set(rows[0])
     for name in ("curves.png", "val_predictions.png", "predictions.png", "test_metrics.json", "checkpoints/best.ckpt"):
         assert (run / name).is_file(), name
-    assert Image.open(run / "predictions.png").size == (3 * 258 + 2, 258 + 2)
+    assert Image.open(run / "predictions.png").size == (3 * 258 + 2, 258 + 2 + 16)           # the key below
     Image.new("L", (90, 120)).save(tmp_path / "a.png")
     table = tmp_path / "out.csv"
     arguments = ["--data.init_args.predict", str(tmp_path / "a.png"), "--predictions.path", str(table)]
