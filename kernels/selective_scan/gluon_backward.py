@@ -1,9 +1,9 @@
-"""Backward selective scan for NVIDIA GPUs, in Gluon: ``triton_backward`` with 16-bit inputs and 1 or 16 states, faster.
+"""Backward selective scan for NVIDIA GPUs, in Gluon: ``triton_backward`` with 16-bit inputs and 16 states, faster.
 
 Same arguments, same gradients. A group of STEPS steps, from one kept state to the next, is taken in four passes over
 shared memory: the states before each step are computed again and noted there in 16 bits; dC is summed over channels;
-the adjoint goes back through the steps and is noted where the states were; dB is summed over channels. Where there are
-16 states the sums over channels are products of tensor cores: a step's tile (states, channels) with the vectors of all
+the adjoint goes back through the steps and is noted where the states were; dB is summed over channels. The sums over
+channels are products of tensor cores: a step's tile (states, channels) with the vectors of all
 8 steps, of which the step's own column is kept. These sums pass from one block of channels to the next; see
 ``pass_on``.
 """
@@ -159,24 +159,20 @@ def sum_channels(notes, vectors, relay, come, links):
 
 
 @gluon.jit
-def pass_on(sums, relay, out, at, inside, links, last):
-    """Pass sums (states, 8) on to the next block of channels; those of the last go to ``out``, and the place is free.
+def pass_on(sums, relay, out, to, width, inside, links, last):
+    """Pass sums (states, 8) on to the next block of channels; those of the last go to rows ``to`` of ``out``.
 
     The last 8 bits of a relayed sum, worth 2**-16 of it, are the number of blocks in it, 0 in a free place. So it says
     itself whether it is the one awaited, and no order between memory accesses matters.
     """
     if last:
-        gl.store(out + at, sums.to(out.dtype.element_ty), mask=inside)
+        state = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
+        at = gl.expand_dims(to.to(gl.int64) * width, 0) + gl.expand_dims(state, 1)
+        gl.store(out + at, sums.to(out.dtype.element_ty), mask=gl.expand_dims(inside, 0))
         gl.store(relay, gl.zeros([16, 8], gl.float32, layout=MMA), cache_modifier=".cg")
     else:
         sums = ((sums.to(gl.int32, bitcast=True) & -256) | (links + 1)).to(gl.float32, bitcast=True)
         gl.store(relay, sums, cache_modifier=".cg")
-
-
-@gluon.jit
-def lane_sums(x, BLOCK_D: gl.constexpr):
-    """Sums of the neighbouring channels that a thread holds, (32)."""
-    return gl.sum(gl.reshape(x, [32, BLOCK_D // 32]), 1)
 
 
 @gluon.jit(do_not_specialize=VARY)
@@ -193,7 +189,7 @@ def gradients(
 ):  # fmt: skip
     """All gradients of the recurrence for BLOCK_D channels of a chunk, as in ``triton_backward``, without scratch.
 
-    With 16 states ``relay`` is (b, chunks, k, slots, 2, n, STEPS), zero, ``turn`` a counter at 0, and dB and dC are
+    ``relay`` is (b, chunks, k, slots, 2, n, STEPS), zero, ``turn`` a counter at 0, and dB and dC are
     (b, k, R, n), or else both together dBC, (b, k, T, 2, n) by step. A chunk of more than ``slots`` groups needs
     all its blocks on the device at once.
     """
@@ -202,11 +198,7 @@ def gradients(
     STATE: gl.constexpr = gl.SliceLayout(1, TILE)
     ROW: gl.constexpr = row_layout(BLOCK_D)
     GATE: gl.constexpr = gate_layout(BLOCK_N)
-    SUMS: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0])
-    if turn is None:
-        work = gl.program_id(0)
-    else:  # a program takes sums from one that has begun before it
-        work = gl.atomic_add(turn, 1, sem="relaxed")
+    work = gl.atomic_add(turn, 1, sem="relaxed")  # a program takes sums from one that has begun before it
     first, k, c, b = place(work, d, K, chunks, BLOCK_D)
     blocks = (d + BLOCK_D - 1) // BLOCK_D
     bk = b.to(gl.int64) * K + k
@@ -228,17 +220,14 @@ def gradients(
     du += gl.multiple_of(bk * (L if DU_CELLS else T) * d, 8)
     ddelta += gl.multiple_of(bk * (R if DDELTA_CELLS else T) * d, 8)
     dz = dz if z is None else dz + gl.multiple_of(bk * (M if DZ_CELLS else T) * d, 8)
-    if BLOCK_N == 1:
-        dBC += (bk * T * blocks + first // BLOCK_D) * 2
+    links, last, slot = first // BLOCK_D, first + BLOCK_D >= d, 0
+    column_s = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
+    state_s = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(1, MMA)), 1)
+    relay += (work // blocks).to(gl.int64) * slots * 256 + (state_s * 8 + gl.expand_dims(column_s, 0))
+    if dBC is None:
+        dB, dC, width = dB + bk * R * n, dC + bk * R * n, n
     else:
-        links, last, slot = first // BLOCK_D, first + BLOCK_D >= d, 0
-        column_s = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
-        state_s = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(1, MMA)), 1)
-        relay += (work // blocks).to(gl.int64) * slots * 256 + (state_s * 8 + gl.expand_dims(column_s, 0))
-        if dBC is None:
-            dB, dC = dB + bk * R * n, dC + bk * R * n
-        else:
-            dB, dC = dBC + bk * T * 2 * n, dBC + (bk * T * 2 + 1) * n
+        dB, dC, width = dBC + bk * T * 2 * n, dBC + (bk * T * 2 + 1) * n, 2 * n
 
     xs = gl.allocate_shared_memory(u.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
     raws = gl.allocate_shared_memory(delta.dtype.element_ty, [STEPS, BLOCK_D], ROWS)
@@ -248,7 +237,7 @@ def gradients(
     steps = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCK_D], FLAT)
     # The state or adjoint behind each step, then the state before each group of the interval.
     NOTED: gl.constexpr = STEPS + EVERY // STEPS
-    notes = gl.allocate_shared_memory(gl.bfloat16, [NOTED, BLOCK_N, BLOCK_D], NOTES if BLOCK_N == 16 else ROWS)
+    notes = gl.allocate_shared_memory(gl.bfloat16, [NOTED, BLOCK_N, BLOCK_D], NOTES)
     x_rows = xs._reinterpret(u.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
     raw_rows = raws._reinterpret(delta.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
     dy_rows = dys._reinterpret(dy.dtype.element_ty, [STEPS, BLOCK_D], FLAT)
@@ -264,10 +253,6 @@ def gradients(
     column = first + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, ROW))
     step_g = gl.arange(0, STEPS, layout=gl.SliceLayout(1, GATE))
     state_g = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, GATE))
-    if BLOCK_N == 1:
-        B_sums = gl.allocate_shared_memory(gl.float32, [STEPS, 32], FLAT)
-        C_sums = gl.allocate_shared_memory(gl.float32, [STEPS, 32], FLAT)
-        step_1 = gl.arange(0, STEPS, layout=gl.SliceLayout(1, SUMS))
 
     adjoint = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, layout=TILE)
     chunked += ((b.to(gl.int64) * chunks + c) * K + k) * (n + 2) * d
@@ -282,28 +267,23 @@ def gradients(
     for i in range((end - start + EVERY - 1) // EVERY):
         begin = (end - 1) // EVERY * EVERY - i * EVERY
         groups = (gl.minimum(EVERY, end - begin) + STEPS - 1) // STEPS
-        kept = bk * ((T + EVERY - 1) // EVERY) + begin // EVERY
-        if BLOCK_N == 1:
-            h = gl.load(states + (kept * d + tile_d), mask=in_tile, other=0.0).to(gl.float32)
-        else:
-            kept = kept * (n + 1)
-            short = gl.load(states + ((kept + tile_n) * d + tile_d), mask=in_tile, other=0)
-            h = lengthen(short, gl.load(states + ((kept + n) * d + channel), mask=in_d, other=0))
+        kept = (bk * ((T + EVERY - 1) // EVERY) + begin // EVERY) * (n + 1)
+        short = gl.load(states + ((kept + tile_n) * d + tile_d), mask=in_tile, other=0)
+        h = lengthen(short, gl.load(states + ((kept + n) * d + channel), mask=in_d, other=0))
         notes.index(STEPS).store(h.to(gl.bfloat16))
-        if EVERY > STEPS:  # the state before each group
-            for group in range(1, groups):
-                t = begin + (group - 1) * STEPS
-                copy(xs, u, u_l, entries(table, t + step_r, end, L), column, d)
-                copy(raws, delta, delta_r, entries(parameters, t + step_r, end, R), column, d)
-                async_copy.commit_group()
-                Bs.store(gates(B, B_r, entries(parameters, t + step_g, end, R), state_g, n).to(gl.float32))
-                async_copy.wait_group(0)
-                for j in range(STEPS):
-                    x = x_rows.index(j).load(CHANNEL).to(gl.float32)
-                    raw = raw_rows.index(j).load(CHANNEL).to(gl.float32) + shift
-                    step = softplus(raw) if SOFTPLUS else raw
-                    h = advance(h, a, step, x, B_rows.index(j).load(STATE))
-                notes.index(STEPS + group).store(h.to(gl.bfloat16))
+        for group in range(1, groups):  # the state before each group
+            t = begin + (group - 1) * STEPS
+            copy(xs, u, u_l, entries(table, t + step_r, end, L), column, d)
+            copy(raws, delta, delta_r, entries(parameters, t + step_r, end, R), column, d)
+            async_copy.commit_group()
+            Bs.store(gates(B, B_r, entries(parameters, t + step_g, end, R), state_g, n).to(gl.float32))
+            async_copy.wait_group(0)
+            for j in range(STEPS):
+                x = x_rows.index(j).load(CHANNEL).to(gl.float32)
+                raw = raw_rows.index(j).load(CHANNEL).to(gl.float32) + shift
+                step = softplus(raw) if SOFTPLUS else raw
+                h = advance(h, a, step, x, B_rows.index(j).load(STATE))
+            notes.index(STEPS + group).store(h.to(gl.bfloat16))
 
         for back_group in range(groups):
             group = groups - 1 - back_group
@@ -321,13 +301,10 @@ def gradients(
             cells = entries(parameters, t + step_g, end, R)
             Bs.store(gates(B, B_r, cells, state_g, n).to(gl.float32))
             Cs.store(gates(C, C_r, cells, state_g, n).to(gl.float32))
-            if BLOCK_N == 16:
-                cell_s = entries(parameters, t + column_s, end, R)
-                inside = gl.expand_dims(cell_s >= 0, 0)
-                at = cell_s.to(gl.int64) * n if dBC is None else (t + column_s).to(gl.int64) * (2 * n)
-                to = gl.expand_dims(at, 0) + state_s
-                relay_B, relay_C = relay + slot * 256, relay + (slot * 256 + 128)
-                slot = gl.where(slot + 1 == slots, 0, slot + 1)
+            cell_s = entries(parameters, t + column_s, end, R)
+            to = cell_s if dBC is None else t + column_s
+            relay_B, relay_C = relay + slot * 256, relay + (slot * 256 + 128)
+            slot = gl.where(slot + 1 == slots, 0, slot + 1)
             h = notes.index(STEPS + group).load(TILE).to(gl.float32)
             async_copy.wait_group(0)
 
@@ -348,15 +325,14 @@ def gradients(
                     else:
                         gl.store(dz + (gl.multiple_of((t + j).to(gl.int64) * d, 8) + channel), dgate, mask=in_d)
                     g_rows.index(j).store(dyj * gate * sigmoid(gate))
-            if BLOCK_N == 16:  # what other blocks have of dC
-                come = relayed(relay_C)
+            come = relayed(relay_C)  # early: it takes a while
             if DZ_CELLS:
                 put(dz, o, column, d, zs.load(ROW))
 
-            if BLOCK_N == 16:  # dC
-                vectors = g_rows._reinterpret(g_rows.dtype, [STEPS, BLOCK_D], ROWS).permute([1, 0]).load(RIGHT)
-                sums = sum_channels(notes, vectors.to(gl.bfloat16), relay_C, come, links)
-                pass_on(sums, relay_C, dC, to, inside, links, last)
+            # dC
+            vectors = g_rows._reinterpret(g_rows.dtype, [STEPS, BLOCK_D], ROWS).permute([1, 0]).load(RIGHT)
+            sums = sum_channels(notes, vectors.to(gl.bfloat16), relay_C, come, links)
+            pass_on(sums, relay_C, dC, to, width, cell_s >= 0, links, last)
 
             for back in range(count):  # the adjoint
                 j = count - 1 - back
@@ -365,12 +341,7 @@ def gradients(
                 Bj, Cj = B_rows.index(j).load(STATE), C_rows.index(j).load(STATE)
                 before = notes.index(j - 1 if j > 0 else STEPS + group).load(TILE).to(gl.float32)
                 adjoint += gl.expand_dims(gj, 0) * gl.expand_dims(Cj, 1)
-                if BLOCK_N == 1:
-                    behind = notes.index(j).load(TILE).to(gl.float32)
-                    C_sums.index(j).store(lane_sums(gl.sum(behind, 0) * gj, BLOCK_D))
-                    B_sums.index(j).store(lane_sums(gl.sum(adjoint, 0) * (step * x), BLOCK_D))
-                else:
-                    notes.index(j).store(adjoint.to(gl.bfloat16))
+                notes.index(j).store(adjoint.to(gl.bfloat16))
                 dinput = gl.sum(adjoint * gl.expand_dims(Bj, 1), 0)  # of delta u
                 adjoint *= gl.exp2(gl.expand_dims(step, 0) * a)
                 ddecay = adjoint * before  # of delta A
@@ -382,23 +353,16 @@ def gradients(
                 dD += gj * x
                 dy_rows.index(j).store((step * dinput + skip * gj).to(dy.dtype.element_ty))  # du in the place of dy
                 raw_rows.index(j).store(dstep.to(delta.dtype.element_ty))
-            if BLOCK_N == 16:  # what other blocks have of dB
-                come = relayed(relay_B)
+            come = relayed(relay_B)
             steps_here = entries(None, t + step_r, end, T)
             put(du, p if DU_CELLS else steps_here, column, d, dys.load(ROW).to(du.dtype.element_ty))
-
-            if BLOCK_N == 16:  # dB
-                vectors = xs.permute([1, 0]).load(RIGHT).to(gl.float32)
-                vectors *= steps._reinterpret(gl.float32, [STEPS, BLOCK_D], ROWS).permute([1, 0]).load(RIGHT)
-                sums = sum_channels(notes, vectors.to(gl.bfloat16), relay_B, come, links)
-                pass_on(sums, relay_B, dB, to, inside, links, last)
-            else:
-                to = (t + step_1).to(gl.int64) * (blocks * 2)
-                B_sum = gl.sum(B_sums._reinterpret(gl.float32, [STEPS, 32], ROWS).load(SUMS), 1)
-                C_sum = gl.sum(C_sums._reinterpret(gl.float32, [STEPS, 32], ROWS).load(SUMS), 1)
-                gl.store(dBC + to, B_sum, mask=step_1 < count)
-                gl.store(dBC + to + 1, C_sum, mask=step_1 < count)
             put(ddelta, q if DDELTA_CELLS else steps_here, column, d, raws.load(ROW))
+
+            # dB
+            vectors = xs.permute([1, 0]).load(RIGHT).to(gl.float32)
+            vectors *= steps._reinterpret(gl.float32, [STEPS, BLOCK_D], ROWS).permute([1, 0]).load(RIGHT)
+            sums = sum_channels(notes, vectors.to(gl.bfloat16), relay_B, come, links)
+            pass_on(sums, relay_B, dB, to, width, cell_s >= 0, links, last)
 
     gl.store(chunked + (tile_n * d + tile_d), dA, mask=in_tile)
     gl.store(chunked + (n * d + channel), dD, mask=in_d)

@@ -1,4 +1,4 @@
-"""Forward selective scan for NVIDIA GPUs, in Gluon: ``triton_forward`` with 16-bit inputs and 1 or 16 states, faster.
+"""Forward selective scan for NVIDIA GPUs, in Gluon: ``triton_forward`` with 16-bit inputs and 16 states, faster.
 
 Same arguments, same results. STEPS is the group of steps whose rows are copied to shared memory at once, while the
 group before is computed.
@@ -119,8 +119,8 @@ def outputs(
     """y at the written cells, (b, k, M, d); the last state; and, if asked, every interval-th state.
 
     ``initial`` is what the row starts from, (b, k, d, n) with free strides, or None for zero; if CHUNKED, what each
-    chunk starts from, as ``pass_states`` leaves it. ``states`` is (b, k, cdiv(T, interval), n, d), with 16
-    states in 16 bits with a row behind each, see ``shorten``; STEPS divides interval.
+    chunk starts from, as ``pass_states`` leaves it. ``states`` is (b, k, cdiv(T, interval), n + 1, d),
+    in 16 bits with a row behind each, see ``shorten``; STEPS divides interval.
     """
     TILE: gl.constexpr = tile_layout(BLOCK_N, BLOCK_D)
     CHANNEL: gl.constexpr = gl.SliceLayout(0, TILE)
@@ -202,14 +202,10 @@ def outputs(
         raw_next = raw_rows.index(stage * STEPS).load(CHANNEL)
         if states is not None:  # noqa: SIM102 - decided while compiling, the next one while running
             if t % interval == 0:
-                kept = bk * ((T + interval - 1) // interval) + t // interval
-                if BLOCK_N == 1:
-                    gl.store(states + (kept * d + tile_d), h.to(states.dtype.element_ty), mask=in_tile)
-                else:
-                    kept = kept * (n + 1)
-                    short, unit = shorten(h)
-                    gl.store(states + ((kept + tile_n) * d + tile_d), short, mask=in_tile)
-                    gl.store(states + ((kept + n) * d + channel), unit, mask=in_d)
+                kept = (bk * ((T + interval - 1) // interval) + t // interval) * (n + 1)
+                short, unit = shorten(h)
+                gl.store(states + ((kept + tile_n) * d + tile_d), short, mask=in_tile)
+                gl.store(states + ((kept + n) * d + channel), unit, mask=in_d)
         for j in range(gl.minimum(STEPS, end - t)):
             x, raw = x_next.to(gl.float32), raw_next.to(gl.float32) + shift
             Bj, Cj = B_rows.index(j).load(STATE), C_rows.index(j).load(STATE)
