@@ -93,7 +93,8 @@ def plan(b: int, k: int, t: int, d: int, n: int, bfloat16: bool, gluon: bool, un
     if gluon and n == 1 and not whole and 0 < d % 64 <= 32:  # the last block would be half empty: half as many channels
         block_d, parts, rows = 32, 2, b * k * cdiv(d, 32)
     piece = every if backward else max(16, steps)
-    pieces = 1 if whole else max(1, min(units * resident * parts // warps // rows, cdiv(t, piece)))
+    least = 4 * (n + 2) if backward and gluon and n > 1 else piece  # chunks hand on n + 2 rows: a fourth of theirs
+    pieces = 1 if whole else max(1, min(units * resident * parts // warps // rows, cdiv(t, least)))
     if gluon and n == 1 and k > 1 and not whole:
         pieces = max(pieces, min(TURNS * pieces, t // 64))
     chunk = cdiv(cdiv(t, cdiv(pieces, parts) * parts), piece) * piece

@@ -183,7 +183,7 @@ def test_sums_that_pass_through_programs_repeat_bit_for_bit(shared, table, monke
 
 
 @gpu
-@pytest.mark.parametrize("sizes", [(64, 1, 197, 384), (2, 1, 2**16, 96), (8, 4, 4096, 120)], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 1, 197, 384), (2, 1, 2**16, 96), (2, 1, 320, 640), (8, 4, 4096, 120)], ids=str)
 def test_memory_beside_inputs_and_results(sizes):
     """At the peak of forward and backward with 16 states, in multiples of one (b, k, l, d)."""
     b, k, l, d = sizes
