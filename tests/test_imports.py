@@ -81,3 +81,15 @@ def test_help_loads_no_command():
     printed = run_python(code)
     assert "  doctor " in printed
     assert printed.endswith("\n\n")
+
+
+def test_tasks_and_data_name_what_needs_monai_without_loading_it():
+    from vssm import data, tasks
+    from vssm.data.volume_sources import MNI152
+    from vssm.tasks.segmentation import Segmentation
+
+    assert "monai" not in modules_after("import vssm.data, vssm.tasks")
+    assert tasks.Segmentation is Segmentation
+    assert all(hasattr(data, name) for name in data.WITH_MONAI)
+    assert data.MNI152 is MNI152
+    assert not hasattr(data, "MNI153")

@@ -1,6 +1,11 @@
-"""Lightning data modules. Batches are dicts, as in MONAI: ``{"image": …, "label": …, "index": …}``."""
+"""Lightning data modules. Batches are dicts, as in MONAI: ``{"image": …, "label": …, "index": …}``.
+
+Those of volumes and videos need MONAI and are imported when they are asked for.
+"""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 from vssm.registries.extras import missing
 
@@ -11,6 +16,12 @@ try:
     from vssm.data.scenes import SceneAugment, SceneFolder, SceneSize
 except ModuleNotFoundError as error:
     raise missing("vssm.data", error) from error
+
+WITH_MONAI = {
+    "Decathlon": "volume_sources", "MNI152": "volume_sources", "NNUNetRaw": "volume_sources",
+    "PairedFolders": "volume_sources", "SliceAugment": "augmentation", "VideoFolders": "video",
+    "VolumeAugment": "augmentation",
+}  # fmt: skip
 
 __all__ = [
     "Augment",
@@ -28,3 +39,12 @@ __all__ = [
     "SceneSize",
     "VocDetection",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in WITH_MONAI:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"{__name__}.{WITH_MONAI[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise missing(f"{__name__}.{name}", error) from error

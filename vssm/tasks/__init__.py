@@ -1,4 +1,7 @@
-"""Lightning modules, one a task, and the callbacks they share. The models they train are plain ``nn.Module``s."""
+"""Lightning modules, one a task, and the callbacks they share. The models they train are plain ``nn.Module``s.
+
+``Segmentation``, of volumes, needs MONAI and is imported when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -23,3 +26,11 @@ __all__ = [
     "Schedule",
     "SemanticSegmentation",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Segmentation":
+        from vssm.tasks.segmentation import Segmentation
+
+        return Segmentation
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
