@@ -110,7 +110,7 @@ def plan(b: int, k: int, t: int, d: int, n: int, bfloat16: bool, gluon: bool, un
 FORWARD, BACKWARD = ((16, 5), (14, 5)), ((11, 5), (14, 5))
 # With one state rows are cut further, into chunks of 64 steps or more, so that samples come one after another: what all
 # rows of a sample read (u, dy) is then still in the second-level cache.
-TURNS = 7
+TURNS = 10
 # Groups of steps whose sums of dB and dC may be on their way from block to block of channels, if a device holds all
 # blocks of a chunk many times over: of 4 programs a multiprocessor at least, those of 16 launches wait for one another.
 RING = 6

@@ -122,7 +122,11 @@ def test_many_chunks_of_one_state_agree_with_the_definition():
     """Two a program, and more than are passed on at once elsewhere."""
     inputs = rounded(scan_inputs(1, 2, 2100, 96, 1), torch.bfloat16)
     options = dict(delta_softplus=True, table=permutations(2, 2100), revisits=False)
-    assert_close(on_gpu(inputs, options), defined(inputs, **options), TOLERANCE[torch.bfloat16])
+    actual, expected = on_gpu(inputs, options), defined(inputs, **options)
+    # A's gradient is a sum of 2100 terms of both signs, each as exact as a state in bfloat16: by its norm.
+    dA, exact = actual.pop("grad of A").double(), expected.pop("grad of A")
+    assert (dA.cpu() - exact).norm() < 1e-2 * exact.norm()
+    assert_close(actual, expected, TOLERANCE[torch.bfloat16])
 
 
 @gpu
