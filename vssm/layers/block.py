@@ -40,10 +40,12 @@ class MixerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         grid = x.shape[2:]
         x = to_tokens(x)
-        x = x + self.drop_path1(self.mixer(over_map(self.norm1, x, grid), grid))
+        branch = self.drop_path1(self.mixer(over_map(self.norm1, x, grid), grid))
         if self.mlp is not None:
-            x = x + self.drop_path2(self.apply_mlp(over_map(self.norm2, x, grid), grid))
-        return to_map(x, grid)
+            x = x + branch
+            branch = self.drop_path2(self.apply_mlp(over_map(self.norm2, x, grid), grid))
+        # No view: where sizes are open, Inductor cannot tell in which order its strides are.
+        return to_map(x, grid) + to_map(branch, grid)
 
     def apply_mlp(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         return self.mlp(x)
