@@ -160,10 +160,16 @@ def _gluon(device: torch.device, n: int) -> Kernels | None:
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
-        from vssm.kernels.selective_scan import gluon_backward, gluon_forward, gluon_single
+        from vssm.kernels.selective_scan import (
+            gluon_backward,
+            gluon_forward,
+            gluon_single_backward,
+            gluon_single_forward,
+        )
     except ImportError:
         return None
-    forward, backward = (gluon_single, gluon_single) if n == 1 else (gluon_forward, gluon_backward)
+    single = gluon_single_forward, gluon_single_backward
+    forward, backward = single if n == 1 else (gluon_forward, gluon_backward)
     return Kernels(forward.chunk_ends, forward.outputs, backward.chunk_adjoints, backward.gradients)
 
 
