@@ -6,12 +6,62 @@ import math
 
 import pytest
 import torch
+from interpreter import interpret, needs_interpreter
 from tolerance import TOLERANCE, error
 
 from vssm.layers import again
 from vssm.layers import ssm as module
 from vssm.layers.ssm import DT_MAX, DT_MIN, SelectiveSSM, decay, ssm_parameters
 from vssm.scans import scan_table
+
+WEIGHTS = """
+import torch
+from vssm.kernels.ssm_weights import triton
+
+def exact(x_proj, dt_weight, A_log, copies, m):
+    wide, tall = x_proj.new_zeros(len(x_proj), m, x_proj.shape[2]), dt_weight.new_zeros(*dt_weight.shape[:2], m)
+    wide[:, : x_proj.shape[1]], tall[..., : dt_weight.shape[2]] = x_proj, dt_weight
+    return wide.repeat(copies[0] // len(wide), 1, 1), tall.repeat(copies[1] // len(tall), 1, 1), -A_log.exp()
+
+for (sets, used, d, rank, n), copies, dtype in (
+    ((2, 35, 40, 3, 16), (6, 6), torch.bfloat16),
+    ((4, 9, 96, 6, 1), (4, 160), torch.float32),
+    ((1, 8, 17, 2, 3), (1, 3), torch.float16),
+    ((2, 5, 12, 1, 2), (0, 0), torch.float32),
+):
+    x_proj, dt_weight = torch.randn(sets, used, d, device=DEVICE), torch.randn(sets, d, rank, device=DEVICE)
+    A_log, m = torch.randn(2, d, n, device=DEVICE), -(-used // 8) * 8
+    for turned in (False, True):
+        wide, tall, A = triton.forward(x_proj, dt_weight, A_log, copies, dtype)
+        wanted = exact(x_proj, dt_weight, A_log, copies, m)
+        cut = 2**-7 if DEVICE == "cpu" and dtype == torch.bfloat16 else 0  # the interpreter does not round
+        for made, exactly in zip((wide, tall), wanted):
+            torch.testing.assert_close(made, exactly.to(dtype), rtol=cut, atol=0)
+        torch.testing.assert_close(A, wanted[2])
+        assert triton.forward(x_proj, dt_weight, None, copies, dtype)[2] is None
+        leaves = [x.double().requires_grad_() for x in (x_proj, dt_weight, A_log)]
+        dwide, dtall = (torch.randn(count, m, d, device=DEVICE).to(dtype) for count in copies)
+        if turned:
+            dwide = dwide.mT.contiguous().mT
+        dA = torch.randn(2, d, n, device=DEVICE)
+        grads = torch.autograd.grad(exact(*leaves, copies, m), leaves, [dwide.double(), dtall.mT.double(), dA.double()])
+        like = [(x.shape, x.dtype) for x in (x_proj, dt_weight, A_log)]
+        for ours, theirs in zip(triton.backward(dwide, dtall, dA, A, like), grads, strict=True):
+            torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-5)
+print("agrees")
+"""
+
+
+@needs_interpreter
+def test_kernels_of_weights_agree_with_torch_in_the_interpreter():
+    assert interpret(f"DEVICE = 'cpu'\n{WEIGHTS}").split() == ["agrees"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_of_weights_agree_with_torch_on_a_gpu(capsys):
+    exec(WEIGHTS, {"DEVICE": "cuda"})
+    assert capsys.readouterr().out.split() == ["agrees"]
 
 
 def plain(ssm: SelectiveSSM, u, table, z=None):

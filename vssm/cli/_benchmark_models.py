@@ -382,7 +382,8 @@ def models(
                     "until": time.monotonic() + 0.75 * limit,
                 },
             }
-            futures.append(pool.submit(_process, job, gpus[place], limit, rows))
+            threads = max(2, len(rest) // min(jobs, len(names)))
+            futures.append(pool.submit(_process, job, gpus[place], threads, limit, rows))
         left = len(names)
         while left:
             row = rows.get()
@@ -393,11 +394,16 @@ def models(
             future.result()  # a process that could not be started is an error
 
 
-def _process(job: dict[str, Any], gpu: str, limit: float, rows: queue.Queue[dict[str, Any] | None]) -> None:
-    """Run a model's process and pass its rows on; what it failed to report becomes a row too."""
+def _process(
+    job: dict[str, Any], gpu: str, threads: int, limit: float, rows: queue.Queue[dict[str, Any] | None]
+) -> None:
+    """Run a model's process, which compiles with so many threads, and pass its rows on.
+
+    What it failed to report becomes a row too.
+    """
     root = str(Path(__file__).parents[2])
     path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"} | os.environ
+    environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": str(threads)} | os.environ
     environment |= {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONPATH": os.pathsep.join(path)}
     missing, said = list(job["modes"]), ""
     try:

@@ -14,7 +14,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
-from vssm.kernels.backends import forced_backend
+from vssm.kernels.backends import forced_backend, implementation, traced, why_not
 from vssm.kernels.kinds import autocast_dtype, once, recording
 from vssm.kernels.selective_scan.op import gradients, recorded
 from vssm.layers import again
@@ -89,17 +89,23 @@ class SelectiveSSM(nn.Module):
         ``merge=None`` keeps the rows apart, (b, k, l, d). Backward makes the step sizes again, and ``u`` too if
         ``origin`` says how: a function and its arguments.
         """
-        if isinstance(u, Tensor) and not u.is_meta and again.free() and forced_backend() != "reference":
-            make, inputs = origin or (None, [u])
-            how = How(self.splits, self.shared, self.per_row, self.one_decay, table, write, merge == "sum",
-                      revisits is not False, make)  # fmt: skip
-            return _apply(how, [x.detach() for x in inputs], u, z, *self.parameters_of(rows))
-        delta, B, C = self.project(u, rows)
-        A_log, D, dt_bias = self.coefficients(rows)
-        if self.shared and not self.per_row:
-            delta, B, C = delta[:, 0], B[:, 0], C[:, 0]
+        parameters = self.parameters_of(rows)
+        how = How(self.splits, self.shared, self.per_row, self.one_decay, table, write, merge == "sum",
+                  revisits is not False, origin[0] if origin else None)  # fmt: skip
+        tensor = isinstance(u, Tensor) and not u.is_meta
+        if tensor and again.free() and forced_backend() != "reference":
+            inputs = origin[1] if origin else [u]
+            return _apply(how, [x.detach() for x in inputs], u, z, *parameters)
+        if tensor and has_fused_weights(self.x_proj):
+            u, delta, A, B, C, D, dt_bias, _ = operands(how, u, *parameters)
+        else:
+            delta, B, C = self.project(u, rows)
+            A_log, D, dt_bias = self.coefficients(rows)
+            A = decay(A_log)
+            if self.shared and not self.per_row:
+                delta, B, C = delta[:, 0], B[:, 0], C[:, 0]
         y, _ = selective_scan(
-            u, delta, decay(A_log), B, C, D, z, dt_bias,
+            u, delta, A, B, C, D, z, dt_bias,
             delta_softplus=True, table=table, write=write, merge=merge, revisits=revisits,
         )  # fmt: skip
         return y
@@ -163,11 +169,7 @@ def projected(u: Tensor, x_proj: Tensor, per_row: bool) -> Tensor:
 @torch.fx.wrap
 @register_notrace_function
 def parts(low: Tensor, dt_weight: Tensor, splits: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw step sizes (b, k, l, d), B and C (b, k, l, n), views, from what x_proj makes.
-
-    Step sizes are a product a sample and row: the gradient of the weight then sums over few cells at a time, which a
-    GPU does in parallel; over all samples it took a fifth of a training step of VMamba.
-    """
+    """Raw step sizes (b, k, l, d), B and C (b, k, l, n), views, from what x_proj makes."""
     rank, n, _ = splits
     return low[..., : dt_weight.shape[-1]] @ dt_weight.mT, low[..., rank : rank + n], low[..., rank + n : rank + 2 * n]
 
@@ -186,33 +188,78 @@ class How(NamedTuple):
     make: Make | None  # of u
 
 
+def operands(
+    how: How, u: Tensor, x_proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """u, delta, A, B, C, D and delta_bias of the scan, and what x_proj makes, (b k, l, m); none of it recorded."""
+    dtype = autocast_dtype(u)
+    u = u if dtype is None else u.to(dtype)
+    rows = u.shape[:2] if how.per_row else (len(u), len(x_proj))
+    wide, tall, A = weights(x_proj, dt_weight, A_log, dtype, how.per_row, rows)
+    if how.per_row:
+        low = torch.bmm(u.flatten(0, 1), wide.mT)
+    else:
+        low = (u @ wide.flatten(0, 1).mT).unflatten(-1, wide.shape[:2]).transpose(1, 2).flatten(0, 1)
+    delta, (rank, n, _) = torch.bmm(low[..., : tall.shape[-1]], tall.mT), how.splits
+    B, C = low[..., rank : rank + n], low[..., rank + n : rank + 2 * n]
+    if not how.shared or how.per_row:
+        delta, B, C = delta.unflatten(0, rows), B.unflatten(0, rows), C.unflatten(0, rows)
+    if how.shared:
+        D, dt_bias = D[0], dt_bias[0]
+    return u, delta, A[0] if how.one_decay else A, B, C, D, dt_bias, low
+
+
+def weights(
+    x_proj: Tensor,
+    dt_weight: Tensor,
+    A_log: Tensor | None,
+    dtype: torch.dtype | None,
+    per_row: bool,
+    rows: Sequence[int],
+) -> Sequence[Any]:
+    """x_proj (·, m, d) and dt_weight (·, d, m or rank) in ``dtype``, as products with many samples take them; and A.
+
+    There is one dt_weight for each of the ``rows`` of each sample, and one x_proj too if they have inputs of their own:
+    the gradients of weights then sum over few cells at a time, which a GPU does in parallel; over all samples it took a
+    fifth of a training step of VMamba.
+    """
+    count, dtype = math.prod(rows), dtype or x_proj.dtype
+    copies = count if per_row else len(x_proj), count
+    if has_fused_weights(x_proj):
+        spread = implementation("ssm_weights", "triton").forward
+        return spread(x_proj, dt_weight, A_log, copies, dtype)
+    # Copies lie as autograd's products lay them: the same bits.
+    both = zip(filled(x_proj, dt_weight, dtype), copies, strict=True)
+    made = [x if len(x) == n else x.mT.repeat(n // len(x), 1, 1).mT for x, n in both]
+    return *made, None if A_log is None else decay(A_log)
+
+
+def has_fused_weights(x_proj: Tensor) -> bool:
+    """Whether a GPU makes the weights in one launch, which is neither recorded nor traced."""
+    if x_proj.device.type not in ("cuda", "xpu") or torch.is_grad_enabled() or traced(x_proj):
+        return False
+    if forced_backend() not in (None, "triton") or torch._C._are_functorch_transforms_active():
+        return False
+    return why_not("ssm_weights", "triton", x_proj.device, x_proj.dtype) is None
+
+
 class _Scan(torch.autograd.Function):
     """What ``SelectiveSSM.forward`` does for compilers and tracers, as one node of the graph, which keeps little.
 
-    ``inputs`` are those of ``how.make``, or u itself.
+    ``inputs`` are those of ``how.make``, or u itself; ``parameters`` those of ``SelectiveSSM.parameters_of``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, how: How, inputs: Sequence[Tensor], u: Tensor, z: Tensor | None, x_proj: Tensor, dt_weight: Tensor,
-        dt_bias: Tensor, A_log: Tensor, D: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, how: How, inputs: Sequence[Tensor], u: Tensor, z: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
         ctx.how, ctx.dtype, ctx.autocast = how, autocast_dtype(u), again.autocast_now(u.device.type)
-        ctx.parameters = [(x.shape, x.dtype) for x in (x_proj, dt_weight, dt_bias, A_log, D)]
-        if ctx.dtype is not None:
-            u = u.to(ctx.dtype)
-        x_proj, dt_weight = filled(x_proj, dt_weight, ctx.dtype)
-        low = projected(u, x_proj, how.per_row)
-        delta, B, C = parts(low, dt_weight, how.splits)
-        if how.shared:
-            D, dt_bias = D[0], dt_bias[0]
-            if not how.per_row:
-                delta, B, C = delta[:, 0], B[:, 0], C[:, 0]
-        A = decay(A_log[0] if how.one_decay else A_log)
+        ctx.parameters = [(x.shape, x.dtype) for x in parameters]
+        u, delta, A, B, C, D, dt_bias, low = operands(how, u, *parameters)
         write = how.table if how.write is None else None
-        operands = (u, delta, A, B, C, D, z, dt_bias, how.table, how.table, write, None)
-        y, ctx.kind, saved = recorded(operands, (True, how.merge, how.revisits))
-        ctx.save_for_backward(x_proj, dt_weight, low, *saved[2:], *inputs)
+        scanned = (u, delta, A, B, C, D, z, dt_bias, how.table, how.table, write, None)
+        y, ctx.kind, saved = recorded(scanned, (True, how.merge, how.revisits))
+        ctx.save_for_backward(*parameters[:2], low, *saved[2:], *inputs)
         return y
 
     @staticmethod
@@ -225,29 +272,37 @@ class _Scan(torch.autograd.Function):
             given = inputs[0] if how.make is None else how.make(*inputs)
         u = given if ctx.dtype is None else given.to(ctx.dtype)
         rank, n, _ = how.splits
-        used, rows = rank + 2 * n, low.shape[:2]
-        # Samples and rows are one axis of products, and copies of weights lie as autograd lays them: the same bits.
-        dt = low[..., : dt_weight.shape[-1]].flatten(0, 1)
-        weight = dt_weight.mT.expand(*rows, -1, -1).flatten(0, 1)
-        delta = torch.bmm(dt, weight)
+        used, rows = rank + 2 * n, u.shape[:2] if how.per_row else (len(u), len(x_proj))
+        wide, tall, _ = weights(x_proj, dt_weight, None, ctx.dtype, how.per_row, rows)
+        delta = torch.bmm(low[..., : tall.shape[-1]], tall.mT)
         by_row = delta if how.shared and not how.per_row else delta.unflatten(0, rows)
         du, ddelta, dA, dB, dC, dD, dz, dbias, _ = gradients(ctx.kind, (u, by_row, *saved), dy)
-        ddelta, dB, dC = ddelta.view_as(delta), dB.view(*low.shape[:3], n), dC.view(*low.shape[:3], n)
-        ddt = torch.bmm(ddelta, weight.mT).unflatten(0, rows)  # zero behind the rank
+        ddelta, dB, dC = ddelta.view_as(delta), dB.view(*low.shape[:2], n), dC.view(*low.shape[:2], n)
+        ddt = torch.bmm(ddelta, tall)  # zero behind the rank
         pieces = ddt[..., :rank], dB, dC, ddt[..., used:]
         if how.per_row:
-            dlow = torch.cat(pieces, -1).flatten(0, 1)
-            weight = x_proj.mT.expand(*rows, -1, -1).flatten(0, 1)
-            du_low, dx_proj = torch.bmm(dlow, weight.mT), torch.bmm(u.flatten(0, 1).mT, dlow).mT
+            dlow = torch.cat(pieces, -1)
+            dwide = torch.bmm(u.flatten(0, 1).mT, dlow).mT
         else:
-            dlow = torch.cat([x.transpose(1, 2) for x in pieces], -1).flatten(2).flatten(0, 1)
-            du_low = dlow @ x_proj.flatten(0, 1)
-            dx_proj = (dlow.mT @ u.flatten(0, 1)).view_as(x_proj)
-        of_x_proj, of_dt_weight, (of_bias, _), (of_A, _), (of_D, _) = ctx.parameters
+            dlow = torch.cat([x.unflatten(0, rows).transpose(1, 2) for x in pieces], -1).flatten(2).flatten(0, 1)
+            wide = wide.flatten(0, 1)
+            dwide = (dlow.mT @ u.flatten(0, 1)).unflatten(0, (len(x_proj), -1))
+        du, fused = du.to(given.dtype).flatten(0, 1), has_fused_weights(x_proj)
+        if fused and du.dtype == wide.dtype:
+            (du.baddbmm_ if how.per_row else du.addmm_)(dlow, wide)
+        else:
+            du.add_(dlow @ wide)
+        dtall = torch.bmm(low[..., : tall.shape[-1]].mT, ddelta)
+        of_x_proj, of_dt_weight, (of_bias, _), of_A, (of_D, _) = ctx.parameters
+        if fused:
+            collect = implementation("ssm_weights", "triton").backward
+            to_x_proj, to_dt_weight, to_A = collect(dwide, dtall, dA, saved[0], (of_x_proj, of_dt_weight, of_A))
+        else:
+            to_x_proj, to_dt_weight = summed(dwide[:, :used], *of_x_proj), summed(dtall[:, :rank].mT, *of_dt_weight)
+            to_A = (dA * saved[0]).view(of_A[0])
         return (
-            None, None, du.to(given.dtype).add_(du_low.view_as(u)), dz,
-            summed(dx_proj[:, :used], *of_x_proj), summed(torch.bmm(dt.mT, ddelta).mT[..., :rank], *of_dt_weight),
-            dbias.view(of_bias), (dA * saved[0]).view(of_A), dD.view(of_D),
+            None, None, du.view_as(given), dz,
+            to_x_proj, to_dt_weight, dbias.view(of_bias), to_A, dD.view(of_D),
         )  # fmt: skip
 
 
