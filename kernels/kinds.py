@@ -13,9 +13,12 @@ from vssm.kernels.backends import choose, forced
 from vssm.kernels.operands import Facts
 
 MOST = 4096  # remembered kinds
+FEW = 4  # guards to ask before the key of a kind is made
 
 Operands = Sequence[Any]  # the tensors of a problem, or None, in its order
 _kinds: dict[tuple[Any, ...], Kind] = {}
+_guarded: dict[tuple[Any, ...], tuple[Guarded, ...]] = {}
+_guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # compiled graphs are chosen by them
 
 
 class Rules(NamedTuple):
@@ -92,6 +95,35 @@ class Kind:
         return self.rules.problem(*saved, *self.options)
 
 
+class Guarded(NamedTuple):
+    """A kind, by what torch compares of tensors in C++, in a quarter of the time that the key takes.
+
+    That is all that the key holds of them, and more: Python's type, ``requires_grad``, and how they are dispatched,
+    which autocast changes, if not its dtype. None of two operands may be the same object. No tensor is kept.
+    """
+
+    guards: Any
+    autocast: tuple[str, torch.dtype] | None  # the device's type and the dtype, if it was on
+    kind: Kind
+
+    def holds(self, given: Sequence[Tensor]) -> bool:
+        if not self.guards.check(*given):
+            return False
+        return self.autocast is None or torch.get_autocast_dtype(self.autocast[0]) == self.autocast[1]
+
+
+def guards_of(given: Sequence[Tensor]) -> Any:
+    """What tells tensors like these; None if it cannot be had."""
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in given)  # types are compared by address, not kept
+    if _guards is None or not plain or len({id(x) for x in given}) < len(given):
+        return None
+    return _guards(
+        *given,
+        dynamic_dims_sizes=[list(x.shape) for x in given],  # not dynamic, that is: these sizes
+        dynamic_dims_strides=[list(x.stride()) for x in given],
+    )
+
+
 def kind_of(
     rules: Rules,
     operands: Operands,
@@ -101,17 +133,27 @@ def kind_of(
     save: bool | None = None,
 ) -> Kind:
     """The kind of a call, whose operands are checked if it is new; ``save`` is found out if it is None."""
-    kind = operands[0].device.type
+    tables = [x for x, one in zip(operands[rules.first : rules.last], same) if not one] if False in same else ()
+    distinct = (*operands[: rules.first], *tables, *operands[rules.last :])
+    given = [x for x in distinct if x is not None]
+    missing = tuple([x is None for x in distinct])
+    grad = torch.is_grad_enabled()
+    call = (rules.op, same, options, backend, forced.get(), save, grad, missing, given[0].shape)
+    known = _guarded.get(call, ())
+    for guarded in known:
+        if guarded.holds(given):
+            return guarded.kind
+    device = given[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if save is None:
-        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
-    distinct = operands if False in same else (*operands[: rules.first], *operands[rules.last :])
+        save = grad and any(x.requires_grad for x in given)
     key = (
         rules.op,
         same,
         options,
         backend,
         forced.get(),
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        autocast,
         save,
         *[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in distinct],
     )
@@ -120,7 +162,10 @@ def kind_of(
         found = Kind(rules, operands, same, options, backend, save)
         if len(_kinds) >= MOST:
             _kinds.clear()
+            _guarded.clear()
         _kinds[key] = found
+    elif len(known) < FEW and (guards := guards_of(given)) is not None:  # it was met before
+        _guarded[call] = (*known, Guarded(guards, None if autocast is None else (device, autocast), found))
     return found
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from kernel_cases import conv_inputs, scan_inputs
 from torch import Tensor
+from torch.nn import Parameter
 
-from vssm.kernels import causal_conv1d, selective_scan, use_backend
+from vssm.kernels import causal_conv1d, kinds, selective_scan, use_backend
+from vssm.kernels.kinds import Kind, kind_of
+from vssm.kernels.selective_scan.rules import RULES
 
 
 def scan(**changed: Any) -> Tensor:
@@ -102,3 +110,164 @@ def test_strides_are_part_of_the_kind(op, first):
     for other in (x.mT.contiguous().mT, torch.cat([x, x], -1)[..., :4], x.expand(1, 1, 5, 4)):
         for _ in range(2):
             torch.testing.assert_close(op(**{first: other}).view(SHAPE), expected.view(SHAPE))
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "table", "read", "write", "initial_state")
+OPTIONS = (True, False, True)  # softplus, no merge, revisits
+
+
+def operands(**changed: Any) -> tuple[Tensor | None, ...]:
+    inputs = {name: x.float() for name, x in scan_inputs(1, 1, 5, 4, 4).items()}
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()} | changed
+    return tuple(inputs.get(name) for name in NAMES)
+
+
+def detached(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.detach() for x in operands)
+
+
+def scan_kind(operands: tuple[Tensor | None, ...], same: tuple[bool, bool] = (True, True), **how: Any) -> Kind:
+    return kind_of(RULES, operands, same, how.pop("options", OPTIONS), how.pop("backend", None), **how)
+
+
+def by_key(monkeypatch: pytest.MonkeyPatch, find: Callable[[], Kind]) -> Kind:
+    with monkeypatch.context() as patch:
+        patch.setattr(kinds, "_guards", None)
+        patch.setattr(kinds, "_guarded", {})
+        return find()
+
+
+@pytest.fixture
+def met(monkeypatch):
+    """Operands whose kind is known by guards."""
+    monkeypatch.setattr(kinds, "_guarded", {})
+    given = operands()
+    kind = scan_kind(given)
+    assert scan_kind(given) is kind is scan_kind(given)
+    assert len(kinds._guarded) == 1
+    return given, kind
+
+
+ROW = torch.ones(1, 4)
+TABLE = torch.tensor([[4, 3, 2, 1, 0]], dtype=torch.int32)
+OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], Kind]]] = {
+    "another shape behind u": (nullcontext, lambda: scan_kind(operands(delta=torch.ones(1, 5, 4)))),
+    "other strides": (nullcontext, lambda: scan_kind(operands(u=torch.ones(1, 5, 8)[..., :4]))),
+    "transposed": (nullcontext, lambda: scan_kind(operands(B=torch.ones(1, 4, 5).mT))),
+    "another dtype": (nullcontext, lambda: scan_kind(operands(u=torch.ones(1, 5, 4, dtype=torch.bfloat16)))),
+    "a table": (nullcontext, lambda: scan_kind(operands(table=TABLE, read=TABLE, write=TABLE))),
+    "tables that differ": (nullcontext, lambda: scan_kind(operands(table=TABLE, read=TABLE), same=(True, False))),
+    "no D": (nullcontext, lambda: scan_kind(operands(D=None))),
+    "D, but no bias": (nullcontext, lambda: scan_kind(operands(D=ROW, delta_bias=None))),
+    "a bias, but no D": (nullcontext, lambda: scan_kind(operands(D=None, delta_bias=ROW))),
+    "nothing recorded": (torch.no_grad, lambda: scan_kind(operands())),
+    "no gradient asked for": (nullcontext, lambda: scan_kind(detached(operands()))),
+    "recorded by the caller": (torch.no_grad, lambda: scan_kind(operands(), save=True)),
+    "inference": (torch.inference_mode, lambda: scan_kind(operands())),
+    "bfloat16 by autocast": (partial(torch.autocast, "cpu", torch.bfloat16), lambda: scan_kind(operands())),
+    "float16 by autocast": (partial(torch.autocast, "cpu", torch.float16), lambda: scan_kind(operands())),
+    "autocast turned off": (partial(torch.autocast, "cpu", enabled=False), lambda: scan_kind(operands())),
+    "a backend by name": (nullcontext, lambda: scan_kind(operands(), backend="torch")),
+    "a backend forced": (partial(use_backend, "torch"), lambda: scan_kind(operands())),
+    "other options": (nullcontext, lambda: scan_kind(operands(), options=(False, False, True))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_guards_tell_the_kinds_that_keys_tell(monkeypatch, met, name):
+    """Whichever came first, the other or the one that was met, and each time that it comes."""
+    context, find = OTHERS[name]
+    given, kind = met
+    with context():
+        expected = by_key(monkeypatch, find)
+        assert all(find() is expected for _ in range(4))
+    assert scan_kind(given) is kind
+    assert (expected is kind) == (name in ("autocast turned off", "recorded by the caller"))
+
+
+def test_guards_tell_what_the_caller_records(met):
+    """A call that records tensors which ask for no gradient, between calls that do not."""
+    given = detached(met[0])
+    for _ in range(4):
+        assert not scan_kind(given).save
+        assert scan_kind(given, save=True).save
+
+
+def test_guards_tell_the_dtypes_of_autocast(met):
+    """Autocast is seen in how tensors are dispatched, its dtype is not."""
+    given, _ = met
+    found = {}
+    for _ in range(3):
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                found.setdefault(dtype, scan_kind(given))
+                assert scan_kind(given) is found[dtype]
+                assert found[dtype].dtypes[0] == dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_guards_see_autocast_on_the_device_of_the_operands(device):
+    given = [torch.ones(2, 3, device=device)]
+    guards = kinds.guards_of(given)
+    assert guards.check(*given)
+    with torch.autocast(device, torch.bfloat16):
+        assert not guards.check(*given)
+        assert kinds.guards_of(given).check(*given)
+
+
+def test_guards_refuse_what_they_cannot_tell(monkeypatch, met):
+    """Subclasses, wrapped tensors, negated views, one tensor in two places: the key decides, and it is not slower."""
+
+    class Special(Tensor):
+        pass
+
+    given, _ = met
+    u = given[0].detach()
+    others = [u.as_subclass(Special), Parameter(u), torch._neg_view(u), u]
+    torch.func.vmap(others.append, out_dims=None)(u[None])
+    (guarded,) = next(iter(kinds._guarded.values()))
+    for other in others:
+        assert not guarded.holds([other, *[x for x in given[1:] if x is not None]])
+    for other in (others[0], given[1]):
+        before = dict(kinds._guarded)
+        assert scan_kind((other, *given[1:])) is by_key(monkeypatch, partial(scan_kind, (other, *given[1:])))
+        scan_kind((other, *given[1:]))
+        assert kinds._guarded == before
+
+
+def test_guards_of_a_parameter_are_those_of_parameters(met):
+    given, kind = met
+    as_parameter = (*given[:2], Parameter(given[2].detach()), *given[3:])
+    for _ in range(3):
+        assert scan_kind(as_parameter) is kind is scan_kind(given)
+    assert [len(known) for known in kinds._guarded.values()] == [2]
+
+
+def test_guards_are_few_and_keep_no_tensor(met):
+    given, kind = met
+    for wanted in range(8):  # which of three tensors ask for gradients
+        some = [
+            given[0].detach(),
+            *[x.detach().requires_grad_(bool(wanted >> i & 1)) for i, x in enumerate(given[1:4])],
+        ]
+        scan_kind((*some, *given[4:]))
+    assert [len(known) for known in kinds._guarded.values()] == [kinds.FEW]
+    fresh = operands()
+    alive = weakref.ref(fresh[0])
+    assert scan_kind(fresh) is kind
+    del fresh
+    assert alive() is None
+
+
+def test_guards_know_the_state_of_their_thread(met):
+    given, kind = met
+
+    def in_thread(context: Callable[[], AbstractContextManager[Any]]) -> Kind:
+        with context():
+            return scan_kind(given)
+
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        assert pool.submit(in_thread, nullcontext).result() is kind
+        assert pool.submit(in_thread, partial(torch.autocast, "cpu", torch.bfloat16)).result() is not kind
+        assert scan_kind(given) is not kind

@@ -385,6 +385,7 @@ def test_the_driver_and_tritons_launcher_do_the_same(monkeypatch):
     def forget() -> None:
         monkeypatch.setattr(replay, "_recipes", {})
         monkeypatch.setattr(kinds, "_kinds", {})
+        monkeypatch.setattr(kinds, "_guarded", {})
 
     forget()
     inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(2, 2, 300, 32, 16, shared="u").items()}
