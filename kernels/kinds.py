@@ -67,6 +67,7 @@ class Kind:
         self.backend = chosen(rules.op, first.device, self.dtypes[0] or first.dtype, backend)
         self.save = save
         self.one_table = all(same)
+        self.no_tables = (None,) * len(same)
         self.shortcuts: dict[Any, Any] = {}  # of the Triton backend, to launches
         with torch.no_grad():
             cleaned = self.cleaned(operands)
@@ -85,7 +86,7 @@ class Kind:
         """The operands as they are saved for the backward: if there is one table, once."""
         if not self.one_table:
             return operands
-        return (*operands[: self.rules.first], *[None for _ in self.same], *operands[self.rules.last :])
+        return (*operands[: self.rules.first], *self.no_tables, *operands[self.rules.last :])
 
     def problem(self, saved: Operands) -> Any:
         """The problem of saved operands."""

@@ -47,7 +47,7 @@ class Launches:
         self.lock = threading.Lock()  # the table is that of one call at a time
         self.start = _driver()
         self.configs: list[Config] = []
-        self.launches: list[tuple[int, int, int]] = []
+        self.launches: list[tuple[ctypes.c_void_p, ...]] = []
         self.kept: list[Any] = []  # what addresses point to
         table = ctypes.addressof(self.table)
         for compiled, programs, arguments in kernels:
@@ -62,7 +62,8 @@ class Launches:
             )
             self.configs.append(config)
             self.kept += [compiled, values, places]
-            self.launches.append((ctypes.addressof(config), compiled.function, ctypes.addressof(places)))
+            passed = (ctypes.addressof(config), compiled.function, ctypes.addressof(places), None)
+            self.launches.append(tuple([ctypes.c_void_p(x) for x in passed]))
 
     def run(self, addresses: Sequence[int]) -> None:
         """Run the kernels on the current stream of the device, which is the current one."""
@@ -75,9 +76,9 @@ class Launches:
                 for config in self.configs:
                     config.stream = stream
             for launch in self.launches:
-                status = start(*launch, None)
+                status = start(*launch)
                 if status:
-                    _again(self.device, partial(start, *launch, None), status)
+                    _again(self.device, partial(start, *launch), status)
 
 
 def arguments(compiled: Any, args: Sequence[Any], numbers: Callable[[Any], int]) -> list[Argument] | None:
@@ -123,11 +124,8 @@ def _library() -> Any:
 
 @cache
 def _driver() -> Any:
-    """cuLaunchKernelEx(config, function, arguments, extra), or None where the driver has none."""
-    function = getattr(_library(), "cuLaunchKernelEx", None)
-    if function is not None:
-        function.argtypes, function.restype = [ctypes.c_void_p] * 4, ctypes.c_int
-    return function
+    """cuLaunchKernelEx(config, function, arguments, extra), of void pointers; None where the driver has none."""
+    return getattr(_library(), "cuLaunchKernelEx", None)
 
 
 def _again(device: int, launch: Callable[[], int], status: int) -> None:
