@@ -212,7 +212,7 @@ class _CausalConv1d(torch.autograd.Function):
             tensors = (*operands, dense(grad_y), dense(grad_last))
             grads = implementation("conv1d", "triton").backward_again(kind, tensors)
         if grads is None:
-            p = kind.problem(operands)
+            p = kind.problem(operands if same else [dense(x) for x in operands])
             grads = _backward(p, grad_y, grad_last, kind.backend, kind if same else None)
         x, weight, bias, initial_state = grads
         return None, x, weight, bias, None, None, initial_state

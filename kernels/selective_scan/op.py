@@ -222,7 +222,8 @@ def gradients(
         grads = implementation("selective_scan", "triton").backward_again(kind, tensors, needed)
         if grads is not None:
             return grads
-    p = kind.problem(operands)
+    p = kind.problem(operands if same else [dense(x) for x in operands])
+    states, ungated = (None if x is None else x.contiguous() for x in (states, ungated))
     return _backward(p, grad_y, grad_last, states, ungated, kind.backend, kind if same else None, needed)
 
 

@@ -112,6 +112,17 @@ def test_strides_are_part_of_the_kind(op, first):
             torch.testing.assert_close(op(**{first: other}).view(SHAPE), expected.view(SHAPE))
 
 
+@pytest.mark.parametrize("lay", [lambda x: x.mT.contiguous().mT, lambda x: torch.stack([x, x])[1]], ids=["mT", "moved"])
+@OPS
+def test_hooks_may_bring_saved_tensors_back_in_another_layout(op, first, lay):
+    x = torch.randn(SHAPE, requires_grad=True)
+    expected = torch.autograd.grad(op(**{first: x}).square().sum(), x)[0]
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda x: lay(x) if x.dim() > 1 else x):
+            y = op(**{first: x})
+        torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
+
+
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "table", "read", "write", "initial_state")
 OPTIONS = (True, False, True)  # softplus, no merge, revisits
