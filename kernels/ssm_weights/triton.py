@@ -113,8 +113,9 @@ def _forward(
     A = None if A_log is None else empty(A_log.shape, torch.float32, device)
     size = 0 if A_log is None else A_log.numel()
     blocks = [count * cdiv(m * d, BLOCK) for count in copies]
+    programs = max(sum(blocks) + cdiv(size, BLOCK), 1)  # no samples: none of them does anything
     launch(
-        spread, sum(blocks) + cdiv(size, BLOCK), (x_proj, dt_weight, A_log, wide, tall, A, *blocks, size),
+        spread, programs, (x_proj, dt_weight, A_log, wide, tall, A, *blocks, size),
         dict(SETS=sets, USED=used, M=m, D=d, RANK=dt_weight.shape[2], BLOCK=BLOCK), 4,
     )  # fmt: skip
     return [wide, tall, A]
