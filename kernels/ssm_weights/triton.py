@@ -1,4 +1,4 @@
-"""The weights of a selective SSM as its products and its scan take them, and their gradients, one launch each, in Triton.
+"""The weights of a selective SSM as its products and its scan take them, and their gradients, in Triton: a launch each.
 
 With s sets of weights, and m columns, a multiple of 8, for the ``used`` rows of x_proj:
 
@@ -58,7 +58,8 @@ def sum_copies(grads, copies, e, size, SETS: tl.constexpr, COPIES: tl.constexpr,
     for start in range(0, copies, COPIES):
         i = start + tl.arange(0, COPIES)
         at = (i * SETS).to(tl.int64)[:, None] * STRIDE + e[None, :]
-        total += tl.sum(tl.load(grads + at, mask=(i < copies)[:, None] & (e < size)[None, :], other=0.0).to(tl.float32), 0)
+        value = tl.load(grads + at, mask=(i < copies)[:, None] & (e < size)[None, :], other=0.0)
+        total += tl.sum(value.to(tl.float32), 0)
     return total
 
 
@@ -100,8 +101,10 @@ def forward(
     """wide and tall, so many copies of each, in ``dtype``; and A in float32, None for None. All contiguous."""
     with on(x_proj.device):
         return replayed(
-            lambda: _forward(x_proj, dt_weight, A_log, copies, dtype), (x_proj, dt_weight, A_log), ("spread", copies, dtype)
-        )  # fmt: skip
+            lambda: _forward(x_proj, dt_weight, A_log, copies, dtype),
+            (x_proj, dt_weight, A_log),
+            ("spread", copies, dtype),
+        )
 
 
 def _forward(
