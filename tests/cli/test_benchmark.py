@@ -63,6 +63,25 @@ def test_a_model_runs_without_its_core(name):
     assert not torch.equal(before, y)
 
 
+def test_blocks_are_compiled_alone_and_share_their_code(monkeypatch):
+    import timm
+
+    model = timm.create_model("test_vim", drop_path_rate=0.3).train()
+    compile_, graphs = torch.nn.Module.compile, []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend=counting, **options))
+    blocks = _benchmark_models.compile_blocks(model)
+    model(torch.ones(1, 3, *model.default_cfg["input_size"][1:])).sum().backward()
+    assert blocks == list(model.blocks)
+    assert len(graphs) <= 2  # the first one has no drop path
+    with pytest.raises(ValueError, match="ResNet has no blocks around mixers"):
+        _benchmark_models.compile_blocks(timm.create_model("test_resnet"))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("test_plainmamba", "got 3 of 3 that are not"), ("test_localvim", "got 3 of 3"), ("test_mamba2d", "got 0 of 0")],

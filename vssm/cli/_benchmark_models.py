@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from vssm.cli._timing import captured
 
-MODES = ("eager", "graphed", "compiled")
+MODES = ("eager", "graphed", "compiled", "blocks")
 DEVICE = "cuda"
 QUIET_CORES = 4  # a GPU: of the process that measures
 COLUMNS = ("model", "mode", "size", "batch", "inference img/s", "inference GB", "training img/s", "training GB")
@@ -218,6 +218,27 @@ def without_core(model: nn.Module, run: Callable[[], object]) -> None:
         core.forward = identity  # type: ignore[method-assign]
 
 
+def compile_blocks(model: nn.Module) -> list[nn.Module]:
+    """Compile each block of ``model`` alone, so that blocks of one shape share their code; returns the blocks.
+
+    A graph of the whole model holds thousands of operations, and takes minutes to compile.
+
+    Raises:
+        ValueError: If no module of the model has a mixer.
+    """
+    from timm.layers import DropPath
+
+    blocks = [module for module in model.modules() if hasattr(module, "mixer")]
+    if not blocks:
+        raise ValueError(f"compile_blocks: {type(model).__name__} has no blocks around mixers; compile it as a whole")
+    for module in model.modules():
+        if isinstance(module, DropPath) and module.drop_prob:
+            module.drop_prob = 0.1  # compiled code is for one rate; its speed does not depend on it
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False)
+    return blocks
+
+
 class Turns:
     """Who uses a GPU while somebody is timed on it: nobody, as there is one process."""
 
@@ -289,6 +310,7 @@ def measure(
             **problem,
         }
         run: Any = torch.compile(each.model, fullgraph=True) if mode == "compiled" else each.model
+        blocks = (_try(partial(compile_blocks, each.model), row) or []) if mode == "blocks" else []
 
         def infer(count: int, run: nn.Module = run) -> None:
             with torch.inference_mode(), torch.autocast(DEVICE, dtype):
@@ -304,8 +326,8 @@ def measure(
         start = time.perf_counter()
         steps = {"inference": partial(infer, sizes.inference), "training": partial(train, sizes.training)}
         few = {"inference": partial(infer, min(2, sizes.inference)), "training": partial(train, min(2, sizes.training))}
-        compiles = mode == "compiled"
-        first = {} if problem else steps if compiles else few  # compiled kernels fit all batches
+        compiles = mode in ("compiled", "blocks")
+        first = {} if "error" in row else steps if compiles else few  # compiled kernels fit all batches
         with turns.compiling() if compiles else contextlib.nullcontext():
             for what, step in first.items():
                 each.model.train(what == "training")
@@ -321,6 +343,8 @@ def measure(
                     row |= {f"{what} img/s": getattr(sizes, what) / ms * 1e3, f"{what} GB": gigabytes}
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
+        for block in blocks:
+            block._compiled_call_impl = None
         yield row | {"seconds": round(time.perf_counter() - start)}
 
 
@@ -441,8 +465,10 @@ def _move(cores: Sequence[int]) -> None:
 
 
 def _main(job: dict[str, Any]) -> None:
+    import torch._dynamo
     import torch._functorch.config
 
+    torch._dynamo.config.recompile_limit = 64  # the block of all stages is one function
     torch._functorch.config.force_non_lazy_backward_lowering = True  # compiled while no activation waits for it
     turns = SharedTurns(**job["turns"])
     _move(turns.rest)

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=MODES,
         default=["eager"],
-        help="as they are, replayed from a CUDA graph, or under torch.compile",
+        help="as they are, replayed from a CUDA graph, or under torch.compile: whole, or each block alone",
     )
     group.add_argument("--without-core", action="store_true", help="with the identity in the place of the scan")
     group.add_argument("--jobs", type=int, default=1, help="models made ready at once; one a GPU is timed at a time")
