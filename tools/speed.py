@@ -121,8 +121,8 @@ def page() -> str:
         f"{machines(rows)}. bf16 autocast, random weights and images, AdamW; median over 0.6 s of steps or more, "
         "launches included; GB is the peak that PyTorch allocates, weights and optimizer included. *graphed*: the "
         "whole step is replayed from a CUDA graph. *compiled*: `torch.compile(fullgraph=True)`; *blocks*: of each "
-        "block alone. *× Swin-T*: inference and training over timm's Swin-T in the same mode, below 1 is slower. (≥): other processes used "
-        "the GPU meanwhile. Eager rows were taken while other processes kept the machine's CPU busy, rates of "
+        "block alone. *× Swin-T*: inference and training over timm's Swin-T in the same mode, below 1 is slower. (≥): "
+        "other processes used the GPU meanwhile. Eager rows were taken while other processes kept the machine's CPU busy, rates of "
         "graphed ones one after another on a GPU of their own.",
         "## Classifiers",
         table_of_models(first),
