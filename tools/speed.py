@@ -122,8 +122,9 @@ def page() -> str:
         "launches included; GB is the peak that PyTorch allocates, weights and optimizer included. *graphed*: the "
         "whole step is replayed from a CUDA graph. *compiled*: `torch.compile(fullgraph=True)`; *blocks*: of each "
         "block alone. *× Swin-T*: inference and training over timm's Swin-T in the same mode, below 1 is slower. (≥): "
-        "other processes used the GPU meanwhile. Eager rows were taken while other processes kept the machine's CPU busy, rates of "
-        "graphed ones one after another on a GPU of their own.",
+        "other processes used the GPU meanwhile. Eager rows were taken while other processes kept the machine's CPU "
+        "busy, rates of graphed ones one after another on a GPU of their own; backward runs on the calling thread, "
+        "as under `vssm train`.",
         "## Classifiers",
         table_of_models(first),
         slower(first),

@@ -57,6 +57,15 @@ def batch(size=4, classes=2):
     return {"image": torch.rand(size, 3, 8, 8), "label": torch.arange(size) % classes, "index": torch.arange(size)}
 
 
+def test_backward_runs_on_the_calling_thread(data):
+    seen = []
+    task = Classification(Tiny(), num_classes=2)
+    task.model.head.weight.register_hook(lambda grad: seen.append(torch.autograd.is_multithreading_enabled()))
+    Trainer(**QUIET, max_steps=1).fit(task, data)
+    assert seen == [False]
+    assert torch.autograd.is_multithreading_enabled()
+
+
 def step(task, batch):
     """One training step outside a trainer."""
     task.log = lambda *args, **kwargs: None

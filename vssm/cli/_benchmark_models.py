@@ -320,7 +320,8 @@ def measure(
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(DEVICE, dtype):
                 loss = each.loss(run, count)
-            loss.backward()
+            with torch.autograd.set_multithreading_enabled(False):  # as vssm's trainer runs it
+                loss.backward()
             optimizer.step()
 
         start = time.perf_counter()

@@ -124,6 +124,11 @@ class Task(LightningModule):
         self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run backward on this thread: a process has one GPU, whose launches would wait for another thread to wake."""
+        with torch.autograd.set_multithreading_enabled(False):
+            super().backward(loss, *args, **kwargs)
+
     def _stop(self, batch: dict[str, Any], images: Tensor, target: Any, before: dict[str, Any]) -> None:
         """Save the batch and raise, naming the module; runs on the one process whose loss is not finite."""
         set_random_state(before)  # dropout and drop path as they were
