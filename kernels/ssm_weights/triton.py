@@ -98,7 +98,13 @@ def gather(
 def forward(
     x_proj: Tensor, dt_weight: Tensor, A_log: Tensor | None, copies: tuple[int, int], dtype: torch.dtype
 ) -> Sequence[Tensor | None]:
-    """wide and tall, so many copies of each, in ``dtype``; and A in float32, None for None. All contiguous."""
+    """wide and tall, so many copies of each, in ``dtype``; and A in float32, None for None. All contiguous.
+
+    Raises:
+        ValueError: If the weights lie on several devices, or their sets and channels differ.
+    """
+    x_proj, dt_weight = x_proj.contiguous(), dt_weight.contiguous()
+    A_log = None if A_log is None else A_log.contiguous()
     with on(x_proj.device):
         return replayed(
             lambda: _forward(x_proj, dt_weight, A_log, copies, dtype),
@@ -111,6 +117,13 @@ def _forward(
     x_proj: Tensor, dt_weight: Tensor, A_log: Tensor | None, copies: tuple[int, int], dtype: torch.dtype
 ) -> list[Tensor | None]:
     sets, used, d = x_proj.shape
+    others = [x for x in (dt_weight, A_log) if x is not None]
+    if any(x.device != x_proj.device or x.shape[1] != d for x in others) or len(dt_weight) != sets:
+        found = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in (x_proj, *others))
+        raise ValueError(
+            f"SelectiveSSM: x_proj (sets, m, d), dt_weight (sets, d, rank) and A_log (k, d, n) must agree in sets, "
+            f"channels d and device, got {found}; move the whole module"
+        )
     m, device = cdiv(used, 8) * 8, x_proj.device
     wide, tall = empty((copies[0], m, d), dtype, device), empty((copies[1], d, m), dtype, device)
     A = None if A_log is None else empty(A_log.shape, torch.float32, device)

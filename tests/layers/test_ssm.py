@@ -52,6 +52,67 @@ print("agrees")
 """
 
 
+FUSED = """
+import torch
+from vssm.layers import ssm as module
+from vssm.scans import scan_table
+
+torch.manual_seed(0)
+table = scan_table("cross", (3, 4))
+
+def results(fused, ssm, u, half, rows):
+    module.has_fused_weights = lambda x: fused and not torch.is_grad_enabled()
+    ssm.zero_grad()
+    leaf = u.clone().requires_grad_()
+    with torch.autocast("cpu", torch.float16, enabled=half):
+        with torch.no_grad():
+            first = ssm(u, table[rows], rows=rows)
+        y = ssm(leaf, table[rows], rows=rows)
+    y.float().square().sum().backward()
+    return [first, y, leaf.grad, *(p.grad for p in ssm.parameters())]
+
+for rows, shared, per_row, b, half, dtype, chosen in (
+    (4, False, False, 2, False, torch.float32, None),
+    (4, False, True, 2, False, torch.float32, None),
+    (4, True, False, 2, False, torch.float32, None),
+    (1, False, True, 2, False, torch.float32, None),
+    (4, False, True, 0, False, torch.float32, None),
+    (4, False, False, 2, False, torch.float32, slice(None, None, 2)),
+    (4, False, False, 2, True, torch.float32, None),
+    (4, False, True, 2, True, torch.float32, None),
+    (4, False, True, 2, False, torch.float16, None),
+):
+    for layout in ("as made", "transposed"):
+        ssm = module.SelectiveSSM(16, rows, 2, 3, per_row=per_row, shared=shared).to(dtype)
+        u = torch.randn((b, 4, 12, 16) if per_row else (b, 12, 16), dtype=dtype)
+        if layout == "transposed":
+            u = u.mT.contiguous().mT
+            for name in ("x_proj", "dt_weight", "A_log"):
+                p = getattr(ssm, name)
+                p.data = p.data.mT.contiguous().mT
+        used = slice(None) if chosen is None else chosen
+        exact = half or dtype != torch.float32
+        for ours, theirs in zip(results(True, ssm, u, half, used), results(False, ssm, u, half, used), strict=True):
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+            bound = (0.1 if exact else 1e-4) * (theirs.float().abs().max() if b else 1)
+            assert not b or (ours - theirs).abs().max() <= bound, (rows, shared, per_row, b, half, dtype, layout)
+
+ssm = module.SelectiveSSM(16, 2, 2, 3)
+ssm.dt_weight.data = ssm.dt_weight.data[:, :8]
+try:
+    results(True, ssm, torch.randn(1, 12, 16), False, slice(None))
+except ValueError as error:
+    print(error)
+"""
+
+
+@needs_interpreter
+def test_weights_of_one_launch_change_nothing():
+    """In the interpreter, as if the CPU were a GPU; and what does not fit is refused."""
+    said = interpret(FUSED)
+    assert "x_proj (sets, m, d), dt_weight (sets, d, rank) and A_log (k, d, n) must agree" in said
+
+
 @needs_interpreter
 def test_kernels_of_weights_agree_with_torch_in_the_interpreter():
     assert interpret(f"DEVICE = 'cpu'\n{WEIGHTS}").split() == ["agrees"]

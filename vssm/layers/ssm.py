@@ -97,7 +97,7 @@ class SelectiveSSM(nn.Module):
             inputs = origin[1] if origin else [u]
             return _apply(how, [x.detach() for x in inputs], u, z, *parameters)
         if tensor and has_fused_weights(self.x_proj):
-            u, delta, A, B, C, D, dt_bias, _ = operands(how, u, *parameters)
+            u, delta, A, B, C, D, dt_bias, _ = operands(how, True, u, *parameters)
         else:
             delta, B, C = self.project(u, rows)
             A_log, D, dt_bias = self.coefficients(rows)
@@ -189,13 +189,16 @@ class How(NamedTuple):
 
 
 def operands(
-    how: How, u: Tensor, x_proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
+    how: How, fused: bool, u: Tensor, x_proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """u, delta, A, B, C, D and delta_bias of the scan, and what x_proj makes, (b k, l, m); none of it recorded."""
+    """u, delta, A, B, C, D and delta_bias of the scan, and what x_proj makes, (b k, l, m); none of it recorded.
+
+    ``fused``: see :func:`has_fused_weights`.
+    """
     dtype = autocast_dtype(u)
     u = u if dtype is None else u.to(dtype)
     rows = u.shape[:2] if how.per_row else (len(u), len(x_proj))
-    wide, tall, A = weights(x_proj, dt_weight, A_log, dtype, how.per_row, rows)
+    wide, tall, A = weights(fused, x_proj, dt_weight, A_log, dtype, how.per_row, rows)
     if how.per_row:
         low = torch.bmm(u.flatten(0, 1), wide.mT)
     else:
@@ -210,6 +213,7 @@ def operands(
 
 
 def weights(
+    fused: bool,
     x_proj: Tensor,
     dt_weight: Tensor,
     A_log: Tensor | None,
@@ -225,13 +229,16 @@ def weights(
     """
     count, dtype = math.prod(rows), dtype or x_proj.dtype
     copies = count if per_row else len(x_proj), count
-    if has_fused_weights(x_proj):
+    if fused:
         spread = implementation("ssm_weights", "triton").forward
         return spread(x_proj, dt_weight, A_log, copies, dtype)
-    # Copies lie as autograd's products lay them: the same bits.
-    both = zip(filled(x_proj, dt_weight, dtype), copies, strict=True)
-    made = [x if len(x) == n else x.mT.repeat(n // len(x), 1, 1).mT for x, n in both]
-    return *made, None if A_log is None else decay(A_log)
+    wide, tall = filled(x_proj, dt_weight, dtype)
+    return repeated(wide, copies[0]), repeated(tall, copies[1]), None if A_log is None else decay(A_log)
+
+
+def repeated(x: Tensor, count: int) -> Tensor:
+    """The sets of ``x`` one after another, ``count`` in all, as autograd's products lay them: the same bits."""
+    return x.mT.expand(count // len(x), -1, -1, -1).flatten(0, 1).mT
 
 
 def has_fused_weights(x_proj: Tensor) -> bool:
@@ -255,7 +262,8 @@ class _Scan(torch.autograd.Function):
     ) -> Tensor:
         ctx.how, ctx.dtype, ctx.autocast = how, autocast_dtype(u), again.autocast_now(u.device.type)
         ctx.parameters = [(x.shape, x.dtype) for x in parameters]
-        u, delta, A, B, C, D, dt_bias, low = operands(how, u, *parameters)
+        ctx.fused = has_fused_weights(parameters[0])
+        u, delta, A, B, C, D, dt_bias, low = operands(how, ctx.fused, u, *parameters)
         write = how.table if how.write is None else None
         scanned = (u, delta, A, B, C, D, z, dt_bias, how.table, how.table, write, None)
         y, ctx.kind, saved = recorded(scanned, (True, how.merge, how.revisits))
@@ -273,7 +281,7 @@ class _Scan(torch.autograd.Function):
         u = given if ctx.dtype is None else given.to(ctx.dtype)
         rank, n, _ = how.splits
         used, rows = rank + 2 * n, u.shape[:2] if how.per_row else (len(u), len(x_proj))
-        wide, tall, _ = weights(x_proj, dt_weight, None, ctx.dtype, how.per_row, rows)
+        wide, tall, _ = weights(ctx.fused, x_proj, dt_weight, None, ctx.dtype, how.per_row, rows)
         delta = torch.bmm(low[..., : tall.shape[-1]], tall.mT)
         by_row = delta if how.shared and not how.per_row else delta.unflatten(0, rows)
         du, ddelta, dA, dB, dC, dD, dz, dbias, _ = gradients(ctx.kind, (u, by_row, *saved), dy)
@@ -287,14 +295,14 @@ class _Scan(torch.autograd.Function):
             dlow = torch.cat([x.unflatten(0, rows).transpose(1, 2) for x in pieces], -1).flatten(2).flatten(0, 1)
             wide = wide.flatten(0, 1)
             dwide = (dlow.mT @ u.flatten(0, 1)).unflatten(0, (len(x_proj), -1))
-        du, fused = du.to(given.dtype).flatten(0, 1), has_fused_weights(x_proj)
-        if fused and du.dtype == wide.dtype:
+        du = du.to(given.dtype).flatten(0, 1)
+        if ctx.fused and du.dtype == wide.dtype:
             (du.baddbmm_ if how.per_row else du.addmm_)(dlow, wide)
         else:
             du.add_(dlow @ wide)
         dtall = torch.bmm(low[..., : tall.shape[-1]].mT, ddelta)
         of_x_proj, of_dt_weight, (of_bias, _), of_A, (of_D, _) = ctx.parameters
-        if fused:
+        if ctx.fused:
             collect = implementation("ssm_weights", "triton").backward
             to_x_proj, to_dt_weight, to_A = collect(dwide, dtall, dA, saved[0], (of_x_proj, of_dt_weight, of_A))
         else:
