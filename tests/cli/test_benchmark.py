@@ -77,9 +77,21 @@ def test_blocks_are_compiled_alone_and_share_their_code(monkeypatch):
     blocks = _benchmark_models.compile_blocks(model)
     model(torch.ones(1, 3, *model.default_cfg["input_size"][1:])).sum().backward()
     assert blocks == list(model.blocks)
-    assert len(graphs) <= 2  # the first one has no drop path
+    assert len(graphs) == 2  # the first one has no drop path
     with pytest.raises(ValueError, match="ResNet has no blocks around mixers"):
         _benchmark_models.compile_blocks(timm.create_model("test_resnet"))
+
+
+def test_blocks_of_many_stages_are_compiled_for_inference_and_training(monkeypatch):
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="eager", **options))
+    monkeypatch.setattr(_benchmark_models, "DEVICE", "cpu")
+    monkeypatch.setattr(_benchmark_models, "setting", lambda name: _benchmark_models.Setting((64, 64), 1, 2))
+    monkeypatch.setattr(_benchmark_models, "_timed", lambda step, graphed: (step(), (20.0, 0.5))[1])
+    rows = list(_benchmark_models.models(["test_vmamba", "test_resnet"], ["blocks"], torch.bfloat16, False, 1, 60))
+    assert not rows[0].get("error")
+    assert rows[0]["training img/s"] == 100.0
+    assert "ResNet has no blocks around mixers" in rows[1]["error"]
 
 
 @pytest.mark.parametrize(

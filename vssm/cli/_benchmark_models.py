@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo.config
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -221,7 +223,8 @@ def without_core(model: nn.Module, run: Callable[[], object]) -> None:
 def compile_blocks(model: nn.Module) -> list[nn.Module]:
     """Compile each block of ``model`` alone, so that blocks of one shape share their code; returns the blocks.
 
-    A graph of the whole model holds thousands of operations, and takes minutes to compile.
+    A graph of the whole model holds thousands of operations, and takes minutes to compile. Where drop path has a rate,
+    it is 0.1 afterwards: compiled code is for one rate, on which its speed does not depend.
 
     Raises:
         ValueError: If no module of the model has a mixer.
@@ -233,7 +236,7 @@ def compile_blocks(model: nn.Module) -> list[nn.Module]:
         raise ValueError(f"compile_blocks: {type(model).__name__} has no blocks around mixers; compile it as a whole")
     for module in model.modules():
         if isinstance(module, DropPath) and module.drop_prob:
-            module.drop_prob = 0.1  # compiled code is for one rate; its speed does not depend on it
+            module.drop_prob = 0.1
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
     return blocks
@@ -301,6 +304,9 @@ def measure(
     if coreless:
         _try(partial(without_core, each.model, partial(each.infer, each.model, 1)), problem)
     optimizer = torch.optim.AdamW(each.model.parameters(), 1e-5, fused=True, capturable=True)
+    # Compiled while no activation waits for it; and the block of all stages is one function.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+    torch._dynamo.config.recompile_limit = 64
     for mode in modes:
         row: dict[str, Any] = {
             "model": name,
@@ -466,11 +472,6 @@ def _move(cores: Sequence[int]) -> None:
 
 
 def _main(job: dict[str, Any]) -> None:
-    import torch._dynamo
-    import torch._functorch.config
-
-    torch._dynamo.config.recompile_limit = 64  # the block of all stages is one function
-    torch._functorch.config.force_non_lazy_backward_lowering = True  # compiled while no activation waits for it
     turns = SharedTurns(**job["turns"])
     _move(turns.rest)
     for row in measure(job["name"], job["modes"], getattr(torch, job["dtype"]), job["coreless"], turns):
