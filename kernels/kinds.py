@@ -100,7 +100,7 @@ class Guarded(NamedTuple):
     """A kind, by what torch compares of tensors in C++, in a quarter of the time that the key takes.
 
     That is all that the key holds of them, and more: Python's type, ``requires_grad``, and how they are dispatched,
-    which autocast changes, if not its dtype. None of two operands may be the same object. No tensor is kept.
+    which autocast changes, if not its dtype. No two operands may be the same object. No tensor is kept.
     """
 
     guards: Any

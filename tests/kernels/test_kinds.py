@@ -123,7 +123,7 @@ def test_hooks_may_bring_saved_tensors_back_in_another_layout(op, first, lay):
         torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "table", "read", "write", "initial_state")
 OPTIONS = (True, False, True)  # softplus, no merge, revisits
 
@@ -162,6 +162,7 @@ def met(monkeypatch):
 
 ROW = torch.ones(1, 4)
 TABLE = torch.tensor([[4, 3, 2, 1, 0]], dtype=torch.int32)
+ORDER = TABLE.flip(1)
 OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], Kind]]] = {
     "another shape behind u": (nullcontext, lambda: scan_kind(operands(delta=torch.ones(1, 5, 4)))),
     "other strides": (nullcontext, lambda: scan_kind(operands(u=torch.ones(1, 5, 8)[..., :4]))),
@@ -269,6 +270,23 @@ def test_guards_are_few_and_keep_no_tensor(met):
     assert scan_kind(fresh) is kind
     del fresh
     assert alive() is None
+
+
+def test_guards_tell_reading_from_writing(met):
+    """A table that is read, and the same one that is written."""
+    for _ in range(4):
+        read = scan_kind(operands(table=TABLE, read=ORDER, write=TABLE), same=(False, True))
+        written = scan_kind(operands(table=TABLE, read=TABLE, write=ORDER), same=(True, False))
+        assert (read.same, written.same) == ((False, True), (True, False))
+
+
+def test_guards_go_with_the_kinds(monkeypatch, met):
+    monkeypatch.setattr(kinds, "MOST", len(kinds._kinds))
+    before = dict(kinds._guarded)
+    scan_kind(operands(u=torch.ones(1, 5, 4, dtype=torch.float64), D=None, z=None))
+    assert before
+    assert not kinds._guarded
+    assert len(kinds._kinds) == 1
 
 
 def test_guards_know_the_state_of_their_thread(met):
