@@ -25,6 +25,7 @@ SIZES = [
     (1, 4, 65, 70, 2),
     (1, 1, 1021, 3, 4),
     (1, 2, 131, 4, 19),
+    (1, 2, 131, 4, 67),
 ]
 
 defined, on = partial(kernel_cases.defined, causal_conv1d), partial(kernel_cases.on, causal_conv1d)
@@ -65,6 +66,8 @@ def test_definition_reads_backwards_along_a_reversed_row():
 def test_agrees_with_the_definition(backend, dtype, activation, sizes, device):
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("triton computes in float32")
+    if backend == "triton" and sizes[-1] == 67:
+        pytest.skip("Triton takes a minute to compile so many taps; 19 are tested")
     inputs, expected = case(sizes, dtype, activation)
     assert_close(on(backend, device, inputs, activation=activation), expected, TOLERANCE[dtype])
 
