@@ -105,6 +105,16 @@ def traced(x: torch.Tensor) -> bool:
     return watched or x.is_meta
 
 
+def launches(op: str, x: torch.Tensor) -> bool:
+    """Whether a layer may call the Triton backend of ``op`` itself: ``x`` is on a GPU, and nobody asks for another one.
+
+    Not where compilers, tracers or functorch look on: they see operations.
+    """
+    if x.device.type not in ("cuda", "xpu") or traced(x) or torch._C._are_functorch_transforms_active():
+        return False
+    return forced_backend() in (None, "triton") and why_not(op, "triton", x.device, x.dtype) is None
+
+
 @cache
 def implementation(op: str, backend: str) -> ModuleType:
     """The module that holds ``backend`` of ``op``, imported at first use."""

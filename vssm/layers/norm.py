@@ -8,7 +8,7 @@ import torch
 from timm.layers import LayerNorm, RmsNorm
 from torch import Tensor, nn
 
-from vssm.kernels.backends import forced_backend, implementation, traced, why_not
+from vssm.kernels.backends import implementation, launches
 from vssm.kernels.kinds import once, recording
 from vssm.layers.conv import depthwise
 
@@ -85,13 +85,9 @@ _apply = recording(_Norm)
 
 def has_narrow_norm(x: Tensor) -> bool:
     """Whether autocast is on and the GPU kernels take the rows of ``x``; a compiler fuses the passes itself."""
-    if not isinstance(x, Tensor) or traced(x) or torch._C._are_functorch_transforms_active():
+    if not isinstance(x, Tensor) or not launches("channel_norm", x) or not torch.is_autocast_enabled(x.device.type):
         return False
-    if x.device.type not in ("cuda", "xpu") or not torch.is_autocast_enabled(x.device.type):
-        return False
-    if forced_backend() not in (None, "triton") or x.shape[-1] > WIDEST or x.numel() == 0:
-        return False
-    return why_not("channel_norm", "triton", x.device, x.dtype) is None
+    return x.shape[-1] <= WIDEST and x.numel() > 0
 
 
 class SoftmaxOverCells(nn.Module):

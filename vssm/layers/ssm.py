@@ -14,7 +14,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
-from vssm.kernels.backends import forced_backend, implementation, traced, why_not
+from vssm.kernels.backends import forced_backend, implementation, launches
 from vssm.kernels.kinds import autocast_dtype, once, recording
 from vssm.kernels.selective_scan.op import gradients, recorded
 from vssm.layers import again
@@ -243,11 +243,7 @@ def repeated(x: Tensor, count: int) -> Tensor:
 
 def has_fused_weights(x_proj: Tensor) -> bool:
     """Whether a GPU makes the weights in one launch, which is neither recorded nor traced."""
-    if x_proj.device.type not in ("cuda", "xpu") or torch.is_grad_enabled() or traced(x_proj):
-        return False
-    if forced_backend() not in (None, "triton") or torch._C._are_functorch_transforms_active():
-        return False
-    return why_not("ssm_weights", "triton", x_proj.device, x_proj.dtype) is None
+    return not torch.is_grad_enabled() and launches("ssm_weights", x_proj)
 
 
 class _Scan(torch.autograd.Function):
