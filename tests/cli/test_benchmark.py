@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from vssm.cli import _benchmark_cpu, _benchmark_models, benchmark
+from vssm.cli import _benchmark_cpu, _benchmark_jobs, _benchmark_models, benchmark
 
 
 def test_the_cpu_suite(tmp_path, monkeypatch, capsys):
@@ -84,11 +84,12 @@ def test_blocks_are_compiled_alone_and_share_their_code(monkeypatch):
 
 def test_blocks_of_many_stages_are_compiled_for_inference_and_training(monkeypatch):
     compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # unless it is raised
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="eager", **options))
     monkeypatch.setattr(_benchmark_models, "DEVICE", "cpu")
     monkeypatch.setattr(_benchmark_models, "setting", lambda name: _benchmark_models.Setting((64, 64), 1, 2))
     monkeypatch.setattr(_benchmark_models, "_timed", lambda step, graphed: (step(), (20.0, 0.5))[1])
-    rows = list(_benchmark_models.models(["test_vmamba", "test_resnet"], ["blocks"], torch.bfloat16, False, 1, 60))
+    rows = list(_benchmark_jobs.models(["test_vmamba", "test_resnet"], ["blocks"], torch.bfloat16, False, 1, 60))
     assert not rows[0].get("error")
     assert rows[0]["training img/s"] == 100.0
     assert "ResNet has no blocks around mixers" in rows[1]["error"]
@@ -101,7 +102,7 @@ def test_blocks_of_many_stages_are_compiled_for_inference_and_training(monkeypat
 def test_a_model_whose_scans_cannot_be_left_out_is_not_timed_without_them(name, message, monkeypatch):
     monkeypatch.setattr(_benchmark_models, "DEVICE", "cpu")
     monkeypatch.setattr(_benchmark_models, "setting", lambda name: _benchmark_models.Setting((32, 32), 1, 1))
-    (row,) = _benchmark_models.models([name], ["eager"], torch.bfloat16, True, 1, 60)
+    (row,) = _benchmark_jobs.models([name], ["eager"], torch.bfloat16, True, 1, 60)
     assert message in row["error"]
     assert "inference img/s" not in row
 
@@ -130,7 +131,7 @@ def test_a_model_of_every_kind_infers_and_trains(name, size, monkeypatch):
         return 20.0 * len(seen), 0.5
 
     monkeypatch.setattr(_benchmark_models, "_timed", timed)
-    rows = list(_benchmark_models.models([name], ["eager"], torch.bfloat16, False, 1, 60))
+    rows = list(_benchmark_jobs.models([name], ["eager"], torch.bfloat16, False, 1, 60))
     (row,) = rows
     assert not row.get("error")
     assert (row["inference img/s"], row["training img/s"]) == (50.0, 50.0)
@@ -146,7 +147,7 @@ def test_what_fails_stands_in_its_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr(_benchmark_models, "_timed", timed)
     monkeypatch.setattr(_benchmark_models, "setting", lambda name: _benchmark_models.Setting((64, 64), 1, 1))
-    rows = list(_benchmark_models.models(["test_vmamba"], ["eager", "graphed"], torch.bfloat16, True, 1, 60))
+    rows = list(_benchmark_jobs.models(["test_vmamba"], ["eager", "graphed"], torch.bfloat16, True, 1, 60))
     assert [row["mode"] for row in rows] == ["eager without core", "graphed without core"]
     assert all(row["error"] == "RuntimeError: no graph of this" for row in rows)
     benchmark.plot(rows, "models", "cpu", tmp_path / "x.png")
@@ -167,10 +168,10 @@ esac
 """
     )
     python.chmod(0o755)
-    monkeypatch.setattr(_benchmark_models.sys, "executable", str(python))
+    monkeypatch.setattr(_benchmark_jobs.sys, "executable", str(python))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     names = ["good", "dies", "sleeps"]
-    rows = list(_benchmark_models.models(names, ["eager", "compiled"], torch.bfloat16, False, 2, 2.0))
+    rows = list(_benchmark_jobs.models(names, ["eager", "compiled"], torch.bfloat16, False, 2, 2.0))
     found = {(row["model"], row["mode"]): row.get("error", "") for row in rows}
     assert found == {
         ("good", "eager"): "",
@@ -190,7 +191,7 @@ def test_one_process_measures_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     cores = sorted(os.sched_getaffinity(0))
-    turns = _benchmark_models.SharedTurns(str(tmp_path / "gpu"), cores[:1], cores, time.monotonic() + 30)
+    turns = _benchmark_jobs.SharedTurns(str(tmp_path / "gpu"), cores[:1], cores, time.monotonic() + 30)
     inside, order = threading.Event(), []
 
     def second(mode):

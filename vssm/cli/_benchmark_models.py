@@ -1,25 +1,11 @@
-"""Whole models: classifiers, segmenters and detectors, inference and training steps on a GPU.
-
-Several models can be made ready at once, each in a process of its own: torch.compile takes minutes of a processor where
-the measurement takes seconds of a GPU. Only one process a GPU measures at a time, on cores that the others leave alone.
-"""
+"""Whole models: classifiers, segmenters and detectors, inference and training steps on a GPU."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import queue
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +18,6 @@ from vssm.cli._timing import captured
 
 MODES = ("eager", "graphed", "compiled", "blocks")
 DEVICE = "cuda"
-QUIET_CORES = 4  # a GPU: of the process that measures
 COLUMNS = ("model", "mode", "size", "batch", "inference img/s", "inference GB", "training img/s", "training GB")
 
 
@@ -254,44 +239,14 @@ class Turns:
         return contextlib.nullcontext()
 
 
-class SharedTurns(Turns):
-    """One process of several is timed at a time, on cores that the others leave; all but eager ones when none compiles.
-
-    Args:
-        lock: A file for this GPU; a second one beside it is held by those who compile.
-        quiet, rest: Cores of the process that is timed, and of the others.
-        until: When to stop waiting for the others' compilations, in seconds of ``time.monotonic``.
-    """
-
-    def __init__(self, lock: str, quiet: Sequence[int], rest: Sequence[int], until: float):
-        self.lock, self.quiet, self.rest, self.until = lock, quiet, rest, until
-
-    @contextlib.contextmanager
-    def compiling(self) -> Iterator[None]:
-        import fcntl
-
-        with open(f"{self.lock}.compiling", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            yield
-
-    @contextlib.contextmanager
-    def alone(self, mode: str) -> Iterator[None]:
-        import fcntl
-
-        torch.cuda.synchronize()
-        with open(f"{self.lock}.compiling", "a") as others, open(self.lock, "a") as lock:
-            while mode != "eager" and time.monotonic() < self.until:
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(others, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    fcntl.flock(others, fcntl.LOCK_UN)
-                    break
-                time.sleep(0.2)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            _move(self.quiet)
-            try:
-                yield
-            finally:
-                _move(self.rest)
+@contextlib.contextmanager
+def compiler() -> Iterator[None]:
+    """torch.compile as it is measured: backward compiles while no activation waits, a block for up to 64 shapes."""
+    with (
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+        torch._dynamo.config.patch(recompile_limit=64),
+    ):
+        yield
 
 
 def measure(
@@ -304,9 +259,6 @@ def measure(
     if coreless:
         _try(partial(without_core, each.model, partial(each.infer, each.model, 1)), problem)
     optimizer = torch.optim.AdamW(each.model.parameters(), 1e-5, fused=True, capturable=True)
-    # Compiled while no activation waits for it; and the block of all stages is one function.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
-    torch._dynamo.config.recompile_limit = 64
     for mode in modes:
         row: dict[str, Any] = {
             "model": name,
@@ -382,101 +334,3 @@ def _timed(step: Callable[[], None], graphed: bool) -> tuple[float, float]:
     run = captured(step).replay if graphed else step
     ms = float(do_bench(run, warmup=150, rep=600, return_mode="median"))
     return ms, torch.cuda.max_memory_allocated() / 1e9
-
-
-def models(
-    names: Sequence[str], modes: Sequence[str], dtype: torch.dtype, coreless: bool, jobs: int, limit: float
-) -> Iterator[dict[str, Any]]:
-    """Rows of all models, as they come; ``jobs`` models are made ready at once, each within ``limit`` seconds."""
-    if jobs == 1:
-        for name in names:
-            yield from measure(name, modes, dtype, coreless, Turns())
-        return
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    cores = sorted(os.sched_getaffinity(0))
-    rows: queue.Queue[dict[str, Any] | None] = queue.Queue()
-    futures = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        for i, name in enumerate(names):
-            place = i % len(gpus)
-            quiet = cores[place * QUIET_CORES : (place + 1) * QUIET_CORES]
-            rest = cores[len(gpus) * QUIET_CORES :]
-            job = {
-                "name": name,
-                "modes": list(modes),
-                "dtype": str(dtype).removeprefix("torch."),
-                "coreless": coreless,
-                "turns": {
-                    "lock": str(Path(folder, gpus[place])),
-                    "quiet": quiet if rest else cores,
-                    "rest": rest or cores,
-                    "until": time.monotonic() + 0.75 * limit,
-                },
-            }
-            threads = max(2, len(rest) // min(jobs, len(names)))
-            futures.append(pool.submit(_process, job, gpus[place], threads, limit, rows))
-        left = len(names)
-        while left:
-            row = rows.get()
-            left -= row is None
-            if row is not None:
-                yield row
-        for future in futures:
-            future.result()  # a process that could not be started is an error
-
-
-def _process(
-    job: dict[str, Any], gpu: str, threads: int, limit: float, rows: queue.Queue[dict[str, Any] | None]
-) -> None:
-    """Run a model's process, which compiles with so many threads, and pass its rows on.
-
-    What it failed to report becomes a row too.
-    """
-    root = str(Path(__file__).parents[2])
-    path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": str(threads)} | os.environ
-    environment |= {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONPATH": os.pathsep.join(path)}
-    missing, said = list(job["modes"]), ""
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(job)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        late = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
-        late.start()
-        for line in process.stdout or ():
-            if line.startswith('{"model"'):
-                rows.put(json.loads(line))
-                missing.pop(0)
-            elif line.strip():
-                said = line.strip()
-        status = process.wait()
-        late.cancel()
-        why = f"not done after {limit:.0f} s" if status == -signal.SIGKILL else f"exit status {status}: {said[:300]}"
-        for mode in missing:
-            rows.put({"model": job["name"], "mode": mode + " without core" * job["coreless"], "error": why})
-    finally:
-        rows.put(None)
-
-
-def _move(cores: Sequence[int]) -> None:
-    """Every thread of this process, autograd's too."""
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(int(thread), cores)
-
-
-def _main(job: dict[str, Any]) -> None:
-    turns = SharedTurns(**job["turns"])
-    _move(turns.rest)
-    for row in measure(job["name"], job["modes"], getattr(torch, job["dtype"]), job["coreless"], turns):
-        print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from vssm.checkpoints.files import written_whole
 from vssm.cli._benchmark_cpu import BACKENDS, CASES, cpu, share_of_scan
+from vssm.cli._benchmark_jobs import models as model_rows
 from vssm.cli._benchmark_models import COLUMNS, MODES, SETS, check_names
-from vssm.cli._benchmark_models import models as model_rows
 from vssm.cli._timing import Timing, peak_megabytes, timed
 
 CACHE_BYTES = 150e6  # inputs are rotated until they are three times as large as the cache of an H100
