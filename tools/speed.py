@@ -123,14 +123,16 @@ def page() -> str:
         "whole step is replayed from a CUDA graph. *compiled*: `torch.compile(fullgraph=True)`; *blocks*: of each "
         "block alone. *× Swin-T*: inference and training over timm's Swin-T in the same mode, below 1 is slower. (≥): "
         "other processes used the GPU meanwhile. Eager rows were taken while other processes kept the machine's CPU "
-        "busy, rates of graphed ones one after another on a GPU of their own; backward runs on the calling thread, "
-        "as under `vssm train`.",
+        "busy, rates of graphed ones one after another on a GPU of their own; backward of classifiers ran on the "
+        "calling thread, as under `vssm train`. Eager rows of families, detectors and segmenters are of earlier "
+        "versions.",
         "## Classifiers",
         table_of_models(first),
         slower(first),
     ]
     sections = (
-        ("The share of the scan", "The same models with the identity in the place of each scan with its projections.",
+        ("The share of the scan", "The same models with the identity in the place of each scan with its projections; "
+         "eager rows on a machine whose CPU is half as fast.",
          cores),
         ("Families", "The two smallest variants of each family.", families),
         ("Detectors and segmenters",
