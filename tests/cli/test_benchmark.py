@@ -84,12 +84,12 @@ def test_blocks_are_compiled_alone_and_share_their_code(monkeypatch):
 
 def test_blocks_of_many_stages_are_compiled_for_inference_and_training(monkeypatch):
     compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # unless it is raised
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="eager", **options))
     monkeypatch.setattr(_benchmark_models, "DEVICE", "cpu")
     monkeypatch.setattr(_benchmark_models, "setting", lambda name: _benchmark_models.Setting((64, 64), 1, 2))
     monkeypatch.setattr(_benchmark_models, "_timed", lambda step, graphed: (step(), (20.0, 0.5))[1])
-    rows = list(_benchmark_jobs.models(["test_vmamba", "test_resnet"], ["blocks"], torch.bfloat16, False, 1, 60))
+    with torch._dynamo.config.patch(recompile_limit=1):  # unless it is raised
+        rows = list(_benchmark_jobs.models(["test_vmamba", "test_resnet"], ["blocks"], torch.bfloat16, False, 1, 60))
     assert not rows[0].get("error")
     assert rows[0]["training img/s"] == 100.0
     assert "ResNet has no blocks around mixers" in rows[1]["error"]
