@@ -19,12 +19,12 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 PREFERRED = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch"), "xpu": ("triton", "torch")}  # others: torch
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
+_modes = torch._C._len_torch_dispatch_stack
 forced: ContextVar[str | None] = ContextVar("vssm_backend", default=None)
 
 
@@ -101,8 +101,12 @@ def _fastest(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def traced(x: torch.Tensor) -> bool:
     """Whether a call goes through the custom op: a compiler, a tracer, a dispatch mode or the meta device sees it."""
-    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
-    return watched or x.is_meta
+    return watched() or x.is_meta
+
+
+def watched() -> bool:
+    """Whether a compiler, a tracer or a dispatch mode sees what is called."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or _modes() > 0
 
 
 def launches(op: str, x: torch.Tensor) -> bool:

@@ -137,9 +137,8 @@ def kind_of(
     tables = [x for x, one in zip(operands[rules.first : rules.last], same) if not one] if False in same else ()
     distinct = (*operands[: rules.first], *tables, *operands[rules.last :])
     given = [x for x in distinct if x is not None]
-    missing = tuple([x is None for x in distinct])
     grad = torch.is_grad_enabled()
-    call = (rules.op, same, options, backend, forced.get(), save, grad, missing, given[0].shape)
+    call = (rules.op, same, options, backend, forced.get(), save, grad, given[0].shape, *map(type, distinct))
     known = _guarded.get(call, ())
     for guarded in known:
         if guarded.holds(given):

@@ -2,13 +2,15 @@
 
 Triton's launcher reads all arguments of a kernel, sixty here, at each launch. Those of a call that is repeated differ
 in the addresses of its tensors alone, so they stand in memory once, as the driver reads them: sizes and strides as they
-were, addresses in a table that all kernels of the call share. A call then fills the table, and names each kernel.
+were, addresses in a table that all kernels of the call share. A call then fills the table, and names each kernel. What
+is called often and runs several kernels becomes one launch of them all (``triton_graph``).
 Profilers that watch the device or the driver see these launches; hooks on Triton's launcher (Proton's) do not.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import re
 import struct
 import threading
@@ -18,8 +20,13 @@ from typing import Any
 
 import torch
 
+from vssm.kernels.triton_graph import FUNCTIONS, INVALID_CONTEXT, Chain, Node
+
+log = logging.getLogger(__name__)
+
+LEAST = 2  # kernels that are launched as one,
+OFTEN = 3  # after they were launched so often
 Argument = tuple[str, int]  # ("tensor", its number) or ("value", an integer)
-INVALID_CONTEXT = 201
 WIDTHS = {"i32": "u32", "u32": "u32", "i64": "u64", "u64": "u64"}  # Triton's types and PTX's
 
 
@@ -48,11 +55,14 @@ class Launches:
         self.start = _driver()
         self.configs: list[Config] = []
         self.launches: list[tuple[ctypes.c_void_p, ...]] = []
+        self.nodes: list[Node] = []
+        self.runs = 0
+        self.chain: Chain | None = None  # of kernels that run often
         self.kept: list[Any] = []  # what addresses point to
         table = ctypes.addressof(self.table)
         for compiled, programs, arguments in kernels:
-            threads = compiled.metadata.num_warps * compiled.metadata.warp_size
-            config = Config((programs, 1, 1), (threads, 1, 1), compiled.metadata.shared, None, None, 0)
+            grid, block = (programs, 1, 1), (compiled.metadata.num_warps * compiled.metadata.warp_size, 1, 1)
+            config = Config(grid, block, compiled.metadata.shared, None, None, 0)
             values = (ctypes.c_int64 * len(arguments))(*(0 if kind == "tensor" else x for kind, x in arguments))
             places = (ctypes.c_void_p * len(arguments))(
                 *(
@@ -64,13 +74,19 @@ class Launches:
             self.kept += [compiled, values, places]
             passed = (ctypes.addressof(config), compiled.function, ctypes.addressof(places), None)
             self.launches.append(tuple([ctypes.c_void_p(x) for x in passed]))
+            self.nodes.append(Node(compiled.function, grid, block, config.shared, ctypes.addressof(places)))
 
     def run(self, addresses: Sequence[int]) -> None:
         """Run the kernels on the current stream of the device, which is the current one."""
         stream = torch._C._cuda_getCurrentRawStream(self.device)
+        # The default stream is never captured.
+        captured = stream != 0 and torch.cuda.is_current_stream_capturing()
         start = self.start
         with self.lock:
             self.fill(self.table, 0, *addresses)
+            chain = self.chain
+            if chain is not None and chain.stream == stream and not captured and not chain.run():
+                return
             if stream != self.stream:
                 self.stream = stream
                 for config in self.configs:
@@ -79,6 +95,20 @@ class Launches:
                 status = start(*launch)
                 if status:
                     _again(self.device, partial(start, *launch), status)
+            self.runs += 1
+            if chain is None and self.runs >= OFTEN and len(self.nodes) >= LEAST and not captured:
+                self._join(stream)
+
+    def _join(self, stream: int) -> None:
+        """Make the kernels one launch from the next call on, if the driver can; 0.1 MB of the GPU's memory."""
+        library = _library()
+        if all(hasattr(library, name) for name in FUNCTIONS):
+            chain = Chain(library, self.nodes, stream)
+            if not chain.status:
+                self.chain = chain
+                return
+            log.info("kernels are launched one by one: CUDA error %d at making a graph of them", chain.status)
+        self.nodes = []
 
 
 def arguments(compiled: Any, args: Sequence[Any], numbers: Callable[[Any], int]) -> list[Argument] | None:

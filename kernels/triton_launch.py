@@ -151,17 +151,17 @@ class Visits:
         visit: The step that visits each cell, or, with ``first``, all steps ordered by cell; None: step t cell t.
         first: Where the steps of each cell begin.
         complete: Every row is known to visit every cell.
+        tensors: ``visit`` and ``first``.
+        addresses: Of those that are not None.
     """
 
-    __slots__ = ("__weakref__", "address", "complete", "first", "version", "visit")
+    __slots__ = ("__weakref__", "address", "addresses", "complete", "first", "tensors", "version", "visit")
 
     def __init__(self, visit: Tensor | None, first: Tensor | None, complete: bool) -> None:
         self.visit, self.first, self.complete = visit, first, complete
+        self.tensors = visit, first
+        self.addresses = [x.data_ptr() for x in self.tensors if x is not None]
         self.address, self.version = 0, -1
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.visit, self.first
 
 
 WHOLE, UNKNOWN = Visits(None, None, True), Visits(None, None, False)
@@ -209,13 +209,13 @@ class Shortcut(NamedTuple):
         """The results for ``tensors``, operands first; None if they must be found the long way."""
         addresses = [x.data_ptr() for x in tensors if x is not None]
         device = self.recipe.device.index
-        if torch._C._cuda_getDevice() != device or len({*addresses}) != len(addresses):
+        if torch._C._cuda_getDevice() != device:
             return None
         if self.found is not None:
             found, table = self.found(), tensors[self.table]
             if found is None or table is None or table.data_ptr() != found.address or table._version != found.version:
                 return None
-            addresses += [x.data_ptr() for x in found.tensors if x is not None]
+            addresses += found.addresses
             # No graph is captured on the default stream.
             if torch._C._cuda_getCurrentRawStream(device) and torch.cuda.is_current_stream_capturing():
                 _captured[id(found)] = found

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from vssm.cli import _benchmark_cpu, _benchmark_jobs, _benchmark_models, benchmark
+from vssm.cli import _benchmark_cpu, _benchmark_jobs, _benchmark_models, _timing, benchmark
 
 
 def test_the_cpu_suite(tmp_path, monkeypatch, capsys):
@@ -232,3 +232,17 @@ def test_kernels_are_compared_by_device_time(monkeypatch):
     assert [round(grid[f"{what} {order} x"], 2) for what in ("forward", "both") for order in benchmark.ORDERS] == [
         1.05, 1.2, 1.05, 1.2
     ]  # fmt: skip
+
+
+def test_calls_are_timed_on_the_cpu(monkeypatch):
+    """With and without gradients, beside an empty pass; the least is no more than the median."""
+    synchronised = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronised.append(1))
+    monkeypatch.setattr(benchmark.torch, "device", lambda name: "cpu")
+    monkeypatch.setattr(_timing, "ROUND", 2)
+    monkeypatch.setattr(benchmark, "SECONDS", 0.05)
+    monkeypatch.setitem(benchmark.SUITE, "tiny", benchmark.Case(1, 2, 8, (3, 4), 4, True, 1.0, 1.0, 1.0))
+    (row,) = benchmark.calls(["tiny"], torch.float32, None)
+    for what in ("forward", "recorded", "both", "empty", "python"):
+        assert 0 < row[f"{what} least"] <= row[f"{what} µs"]
+    assert synchronised

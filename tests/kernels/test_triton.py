@@ -378,6 +378,41 @@ def test_a_cuda_graph_replays_the_scan():
 
 
 @gpu
+@pytest.mark.parametrize("stream", ["default", "own"])
+def test_calls_in_flight_keep_their_arguments(stream):
+    """Kernels that are called often are one launch, told of the next tensors before it has run."""
+    with torch.cuda.stream(None if stream == "default" else torch.cuda.Stream()):
+        calls = [{name: x.bfloat16().cuda() for name, x in scan_inputs(1, 2, 2100, 64, 16).items()} for _ in range(20)]
+        run = partial(selective_scan, delta_softplus=True, table=permutations(2, 2100).cuda(), revisits=False)
+        run = partial(value_and_grads, partial(run, backend="triton"))
+        torch.cuda.synchronize()
+        alone = []
+        for call in calls:
+            alone.append(run(call))
+            torch.cuda.synchronize()
+        together = [run(call) for call in calls]
+        torch.cuda.synchronize()
+        for one, other in zip(alone, together):
+            assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@gpu
+def test_a_cuda_graph_is_captured_of_calls_that_are_one_launch():
+    inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(1, 1, 2100, 64, 16).items()}
+    run = partial(selective_scan, **inputs, delta_softplus=True)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = [run()[0] for _ in range(8)][-1]
+    with torch.cuda.graph(graph, stream=stream):
+        y, _ = run()
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+    with torch.cuda.stream(stream):
+        assert torch.equal(run()[0], expected)
+
+
+@gpu
 def test_the_driver_and_tritons_launcher_do_the_same(monkeypatch):
     """The first call is made, the second replayed by the driver, the third by a shortcut, the last one by Triton."""
     replay, kinds = (import_module(f"vssm.kernels.{name}") for name in ("triton_replay", "kinds"))

@@ -1,14 +1,16 @@
-"""Timing on a GPU: medians of device time, over inputs that change, with or without the cost of launching."""
+"""Timing on a GPU: medians of device time, over inputs that change, with or without the cost of launching; CPU time."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
+
+ROUND = 20  # calls of the CPU timed at once
 
 
 class Timing(NamedTuple):
@@ -33,6 +35,27 @@ def timed(call: Callable[[Any], object], inputs: Sequence[Any], *, seconds: floa
     graph = captured(lambda: [call(x) for x in inputs])
     replayed = _measure(graph.replay, len(inputs), seconds)
     return Timing(called, statistics.median(replayed))
+
+
+def cpu_microseconds(calls: Mapping[str, Callable[[], object]], *, seconds: float) -> dict[str, tuple[float, float]]:
+    """What calls cost the CPU that only queues work for the GPU: the median of rounds of each, and the least.
+
+    They take turns, since a machine that others use is at times twice as slow for as long as a second.
+    """
+    for call in calls.values():
+        for _ in range(10):
+            call()
+    rounds: dict[str, list[float]] = {name: [] for name in calls}
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop:
+        for name, call in calls.items():
+            torch.cuda.synchronize()  # the queue, of a thousand launches, never fills
+            start = time.perf_counter()
+            for _ in range(ROUND):
+                call()
+            rounds[name].append((time.perf_counter() - start) / ROUND * 1e6)
+    torch.cuda.synchronize()
+    return {name: (statistics.median(taken), min(taken)) for name, taken in rounds.items()}
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -1,9 +1,10 @@
 """Time the scan, its scan orders and whole models, beside published figures and the hardware's floor.
 
 ``kernels`` runs the suite of selective scans whose CUDA figures are known, forward, and forward with backward.
-``scans`` runs the same sizes along raster, Hilbert and random tables. ``models`` runs inference and training steps of
-classifiers, segmenters and detectors. ``cpu`` needs no GPU: it compares the CPU's scans with ``torch.exp``. A table is
-printed; ``--json`` keeps it with device and versions, ``--plot`` draws it.
+``scans`` runs the same sizes along raster, Hilbert and random tables, ``calls`` asks what they cost the CPU.
+``models`` runs inference and training steps of classifiers, segmenters and detectors. ``cpu`` needs no GPU: it compares
+the CPU's scans with ``torch.exp``. A table is printed; ``--json`` keeps it with device and versions, ``--plot`` draws
+it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from vssm.checkpoints.files import written_whole
 from vssm.cli._benchmark_cpu import BACKENDS, CASES, cpu, share_of_scan
 from vssm.cli._benchmark_jobs import models as model_rows
 from vssm.cli._benchmark_models import COLUMNS, MODES, SETS, check_names
-from vssm.cli._timing import Timing, peak_megabytes, timed
+from vssm.cli._timing import Timing, cpu_microseconds, peak_megabytes, timed
 
 CACHE_BYTES = 150e6  # inputs are rotated until they are three times as large as the cache of an H100
 
@@ -60,11 +61,12 @@ SUITE = {
     "umamba_bot3d": Case(2, 1, 640, (5, 8, 8), 16, True, 0.039, 0.623, 0.002),
 }
 ORDERS = ("hilbert", "random")
+SECONDS = 2.0  # for the calls of a case, on the CPU
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vssm benchmark", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("suite", choices=("kernels", "scans", "models", "cpu"))
+    parser.add_argument("suite", choices=("kernels", "scans", "calls", "models", "cpu"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases or models (vim_tiny, fcos/vmamba_tiny)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     group = parser.add_argument_group("models")
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     names = _names(parser, args)
     if args.suite != "cpu" and not torch.cuda.is_available():
         parser.error("a GPU is needed: none is visible to torch")
-    run = {"kernels": kernels, "scans": scans, "models": models, "cpu": cpu}[args.suite]
+    run = {"kernels": kernels, "scans": scans, "calls": calls, "models": models, "cpu": cpu}[args.suite]
     about = machine("cpu" if args.suite == "cpu" else "cuda")
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows: list[dict[str, Any]] = []
@@ -168,31 +170,96 @@ def scans(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Ite
         yield row
 
 
+def calls(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What an eager call of each case costs the CPU, microseconds, whatever the GPU takes: the median, and the least.
+
+    The least is what a CPU that is left alone takes.
+    """
+    for name in names:
+        row: dict[str, Any] = {"case": name}
+        for what, (median, least) in call_times(SUITE[name], dtype).items():
+            row |= {f"{what} µs": median, f"{what} least": least}
+        yield row
+
+
+def call_times(case: Case, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """CPU time without and with gradients, of forward with backward, and of two yardsticks of the CPU.
+
+    ``empty`` is a pass of the same tensors through autograd that launches nothing, ``python`` a loop of 100 turns.
+    """
+    scan = Scan(case, "raster", dtype)
+    inputs = scan.calls[0]
+    scan.record()
+
+    def forward() -> None:
+        with torch.no_grad():
+            scan.forward(inputs)
+
+    return cpu_microseconds(
+        {
+            "forward": forward,
+            "recorded": lambda: scan.forward(inputs),
+            "both": lambda: scan.both(inputs),
+            "empty": lambda: _Empty.apply(*inputs.values()),
+            "python": _loop,
+        },
+        seconds=SECONDS,
+    )
+
+
+def _loop() -> None:
+    for _ in range(100):
+        pass
+
+
+class _Empty(torch.autograd.Function):
+    """Saves its inputs, returns two new tensors, and does nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*inputs)
+        return inputs[0].new_empty(inputs[0].shape), inputs[0].new_empty(4)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ctx.saved_tensors)
+
+
+class Scan:
+    """Calls of a case along an order."""
+
+    def __init__(self, case: Case, order: str, dtype: torch.dtype) -> None:
+        l = math.prod(case.grid)
+        copies = max(1, min(6, int(CACHE_BYTES / (case.b * case.k * case.d * l * 2 * dtype.itemsize))))
+        self.table = _table(case, order)
+        self.calls = [_inputs(case, l, dtype) for _ in range(copies)]
+
+    def record(self) -> None:
+        """Ask for gradients from here on."""
+        for call in self.calls:
+            for name, x in call.items():
+                x.requires_grad_(name != "grad")
+
+    def forward(self, call: dict[str, Tensor]) -> Tensor:
+        from vssm.kernels import selective_scan
+
+        operands: dict[str, Any] = {name: x for name, x in call.items() if name != "grad"}
+        return selective_scan(**operands, delta_softplus=True, table=self.table, merge="sum", revisits=False)[0]
+
+    def both(self, call: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        operands = [x for name, x in call.items() if name != "grad"]
+        return torch.autograd.grad(self.forward(call), operands, call["grad"])
+
+
 def scan_times(case: Case, order: str, dtype: torch.dtype) -> tuple[Timing, Timing, float]:
     """Forward, forward with backward, and the latter's peak memory in MB beyond inputs, outputs and gradients."""
-    from vssm.kernels import selective_scan
-
-    l = math.prod(case.grid)
-    copies = max(1, min(6, int(CACHE_BYTES / (case.b * case.k * case.d * l * 2 * dtype.itemsize))))
-    calls = [_inputs(case, l, dtype) for _ in range(copies)]
-    table = _table(case, order)
-
-    def forward(call: dict[str, Tensor]) -> Tensor:
-        operands: dict[str, Any] = {name: x for name, x in call.items() if name != "grad"}
-        return selective_scan(**operands, delta_softplus=True, table=table, merge="sum", revisits=False)[0]
-
-    def both(call: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        operands = [x for name, x in call.items() if name != "grad"]
-        return torch.autograd.grad(forward(call), operands, call["grad"])
-
+    scan = Scan(case, order, dtype)
     with torch.no_grad():
-        first = timed(forward, calls)
-    for call in calls:
-        for name, x in call.items():
-            x.requires_grad_(name != "grad")
-    second = timed(both, calls)
-    results = sum(x.numel() * x.element_size() for x in calls[0].values()) / 1e6  # y and the gradients
-    return first, second, peak_megabytes(lambda: both(calls[0])) - results
+        first = timed(scan.forward, scan.calls)
+    scan.record()
+    second = timed(scan.both, scan.calls)
+    results = sum(x.numel() * x.element_size() for x in scan.calls[0].values()) / 1e6  # y and the gradients
+    return first, second, peak_megabytes(lambda: scan.both(scan.calls[0])) - results
 
 
 def _inputs(case: Case, l: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -289,6 +356,7 @@ def plot(rows: list[dict[str, Any]], suite: str, device: str, path: Path) -> Non
             "forward": ("forward hilbert x", "forward random x"),
             "forward + backward": ("both hilbert x", "both random x"),
         },
+        "calls": {"µs of the CPU a call": ("recorded µs", "recorded least", "empty least")},
         "models": {"images a second": ("inference img/s", "training img/s")},
         "cpu": {
             "times torch.exp": tuple(f"{backend} {what} x" for backend in BACKENDS for what in ("forward", "both"))

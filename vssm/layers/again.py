@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from vssm.kernels.backends import watched
 
 Make = Callable[..., Tensor]
 
@@ -113,10 +114,9 @@ def autocast_now(device: str) -> Callable[[], AbstractContextManager[object]]:
 
 def free() -> bool:
     """Whether autograd saves tensors, and nobody else looks after them."""
-    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
     return (
         torch.is_grad_enabled()
-        and not watched
+        and not watched()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
