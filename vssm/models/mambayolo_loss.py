@@ -121,8 +121,9 @@ class TaskAlignedLoss(nn.Module):
         inside &= goal.sum(1, keepdim=True) != 0            # As published: a box around the corner (0, 0) is padding
         iou = torch.where(inside, complete_iou(goal[:, None], boxes[None]).clamp(min=0), 0)
         align = torch.where(inside, scores[:, labels].mT ** self.alpha * iou**self.beta, 0)
+        # As published: where fewer cells are aligned, topk fills up with others; those inside are claimed, for score 0.
         best = align.topk(min(self.topk, cells), dim=1).indices
-        claimed = torch.zeros_like(inside).scatter_(1, best, True) & (align > 0)
+        claimed = torch.zeros_like(inside).scatter_(1, best, True) & inside
         winner = F.one_hot(iou.argmax(0), len(goal)).mT.bool()          # may be an object that did not claim the cell
         claimed = torch.where(claimed.sum(0) > 1, winner, claimed)
         index, positive = claimed.long().argmax(0), claimed.any(0)
