@@ -256,3 +256,9 @@ def test_starts_with_the_published_distributions():
 def test_says_what_it_does_not_cover(entry, kwargs, reason):
     with pytest.raises(NotCovered, match=reason):
         published(entry, {**NARROW, **kwargs})
+
+
+def test_arguments_that_the_published_code_does_not_look_at_change_nothing():
+    ignored = {"stem_channels": 64, "dropout_op": "torch.nn.Dropout3d", "dropout_op_kwargs": {"p": 0.5}}
+    plain, told = (published(BOT, {**NARROW, **kwargs}).model for kwargs in ({}, ignored))
+    assert str(plain) == str(told)
