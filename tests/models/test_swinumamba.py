@@ -131,6 +131,8 @@ def test_says_what_it_does_not_cover():
          "features_per_stage": [8, 16]}}, "d_state=None"),
         (f"{NETS}SwinUMambaD.py:SwinUMambaD", {"vss_args": {**vss, "patch_size": 2}, "decoder_args": {"num_classes": 2,
          "features_per_stage": [8, 16]}}, "patch_size=2: the published decoder ends 4 times as large"),
+        (f"{NETS}SwinUMambaD.py:SwinUMambaD", {"vss_args": {**vss, "patch_norm": False}, "decoder_args": {
+         "num_classes": 2, "features_per_stage": [8, 16]}}, "patch_norm=False in vss_args"),
         (f"{NETS}SwinUMamba.py:SwinUMamba", {"norm_name": "batch"}, "norm_name='batch'"),
     ]  # fmt: skip
     for entry, kwargs, reason in cases:
@@ -152,6 +154,18 @@ def test_the_published_options_are_ours():
     shapes = published_shapes(shapes_of(built.model), built.keys)
     assert shapes["vssm_encoder.layers.0.blocks.0.self_attention.A_logs"] == (64, 4)
     assert shapes["decoder.stages.0.blocks.1.self_attention.A_logs"] == (64, 16)
+
+
+def test_the_published_dagger_may_have_more_stages():
+    """And its options may be spelled out as they are by default."""
+    usual = {"patch_size": 4, "patch_norm": True, "drop_rate": 0.0, "attn_drop_rate": 0.0, "use_checkpoint": True}
+    built = published(f"{NETS}SwinUMambaD.py:SwinUMambaD", {
+        "vss_args": {"depths": [1] * 5, "dims": 8, **usual},
+        "decoder_args": {"num_classes": 2, "features_per_stage": [8, 16, 32, 64, 128]},
+    })  # fmt: skip
+    shapes = published_shapes(shapes_of(built.model), built.keys)
+    assert shapes["vssm_encoder.downsamples.3.reduction.weight"] == (128, 256)
+    assert built.model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 2, 64, 64)
 
 
 def test_refuses_features_that_do_not_match():

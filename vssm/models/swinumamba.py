@@ -277,7 +277,7 @@ ENCODER: list[Rule] = [
     rename(r"\.ln_1\.", ".norm1."),
     rename(r"^vssm_encoder\.patch_embed\.proj\.", "encoder.stem.conv1."),
     rename(r"^vssm_encoder\.patch_embed\.norm\.", "encoder.stem.norm1."),
-    *(rename(rf"^vssm_encoder\.downsamples\.{i}\.", f"encoder.stages.{i + 1}.downsample.") for i in range(3)),
+    *(rename(rf"^vssm_encoder\.downsamples\.{i}\.", f"encoder.stages.{i + 1}.downsample.") for i in range(7)),
     rename(r"^vssm_encoder\.layers\.(\d+)\.blocks\.", r"encoder.stages.\1.blocks."),
 ]
 KEYS: list[Rule] = [
@@ -335,6 +335,7 @@ SAME = {"in_chans": "in_channels", "out_chans": "out_channels", "feat_size": "fe
         "deep_supervision": "deep_supervision"}  # fmt: skip
 WIDTHS = [48, 96, 192, 384, 768]
 UNCHANGED = {"hidden_size": WIDTHS[-1], "norm_name": "instance", "spatial_dims": 2}
+UNCHANGED_D = {"drop_rate": 0.0, "attn_drop_rate": 0.0, "patch_norm": True}
 IGNORED = {"drop_path_rate", "layer_scale_init_value"}  # by the published Swin-UMamba
 
 
@@ -359,6 +360,10 @@ def _translated_d(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         raise NotCovered(f"patch_size={kwargs['vss_args']['patch_size']}: the published decoder ends 4 times as large")
     if None in (ours["d_state"], ours["decoder_d_state"]):
         raise NotCovered("d_state=None: as many states as a width asks for")
+    for key, value in UNCHANGED_D.items():
+        if encoder.pop(key, value) != value:
+            raise NotCovered(f"{key}={kwargs['vss_args'][key]!r} in vss_args")
+    encoder.pop("use_checkpoint", None)
     features = list(decoder.pop("features_per_stage"))
     if features != widths("SwinUMambaD", ours["dim"], ours["depths"]):
         raise NotCovered(f"features_per_stage={features}, other than those of the encoder")
