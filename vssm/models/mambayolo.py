@@ -407,9 +407,7 @@ def published_loss(
         rows: Image, class, centre x, centre y, width and height of each object, in shares of the image.
     """
     given = dict(kwargs)
-    if given.pop("reg_max") != BINS:
-        raise NotCovered(f"the distributions have {BINS} bins, got {kwargs['reg_max']}")
-    loss = TaskAlignedLoss(tuple(strides), **given)
+    loss = TaskAlignedLoss(tuple(strides), bins=given.pop("reg_max"), **given)
     table = torch.tensor(rows, dtype=raw[0].dtype, device=raw[0].device).reshape(-1, 6)
     height, width = (size * strides[0] for size in raw[0].shape[2:])
     scale = table.new_tensor([width, height, width, height])
