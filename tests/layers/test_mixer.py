@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from vssm.cli import _golden as golden
-from vssm.kernels import causal_conv1d
+from vssm.kernels import causal_conv1d, use_backend
 from vssm.layers.heads import join_heads, route_attention, split_heads
 from vssm.layers.layout import over_map
 from vssm.layers.mixer import ScanMixer, with_ends
@@ -38,6 +38,22 @@ def test_every_order_trains_every_parameter(dims, scan, conv):
     assert y.shape == x.shape
     assert len(mixer.ssm.A_log) == (scan_rows(scan, dims) or 1)
     assert [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("scan", ["bidirectional", "cross", "raster"])
+def test_directions_that_share_their_parameters_train(scan, batch):
+    """With the gradients of the recorded reference."""
+    torch.manual_seed(0)
+    mixer, grid = ScanMixer(8, scan=scan, conv="sequence", conv_size=4, d_state=2, shared=True).double(), (3, 5)
+    x = torch.randn(batch, 15, 8, dtype=torch.double, requires_grad=True)
+    weight, found = torch.randn_like(x), []
+    for backend in (None, "reference"):
+        with use_backend(backend):
+            y = mixer(x, grid)
+            found.append([y, *torch.autograd.grad((y * weight).sum(), [x, *mixer.parameters()])])
+    for ours, expected in zip(*found, strict=True):
+        assert error(ours, expected) < TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("scan", ["bidirectional", "window", "hilbert", "cross"])

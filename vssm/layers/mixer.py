@@ -148,10 +148,8 @@ class ScanMixer(nn.Module):
         origin: tuple[Make, list[Tensor]] | None  # of u
         if self.sequence_conv is not None:
             x = split_heads(x, self.heads, self.rows) if self.in_heads else x
-            first = table[:1] if self.shared else table
-            convolve: Make = partial(self.sequence_conv, table=first, revisits=self.revisits)  # type: ignore[misc]
+            convolve: Make = partial(self.convolved, table=table)
             u, origin = convolve(x), (convolve, [x])
-            u = u[:, 0] if self.shared else u
         else:
             x = x if self.conv is None else over_map(self.conv, x, grid)
             u, origin = self.act(x), (self.act, [x])
@@ -163,6 +161,12 @@ class ScanMixer(nn.Module):
         else:
             y = self.ssm(u, table, z, revisits=self.revisits, origin=origin)
         return self.out_act(y if self.out_norm is None else over_map(self.out_norm, y, grid))
+
+    def convolved(self, x: Tensor, table: Tensor) -> Tensor:
+        """Tokens convolved along each row of ``table``, (b, k, l, d); along the first, (b, l, d), if rows share all."""
+        if not self.shared:
+            return self.sequence_conv(x, table, self.revisits)
+        return self.sequence_conv(x, table[:1], self.revisits)[:, 0]
 
     def table(self, grid: Sequence[int], device: torch.device) -> Tensor:
         """(K, T): the order over all cells, class tokens included."""
