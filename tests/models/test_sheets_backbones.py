@@ -45,6 +45,14 @@ def test_stages_that_nothing_reads_are_in_the_file(family, indices):
         assert torch.equal(y, expected[i])
 
 
+@pytest.mark.parametrize("family", HIERARCHICAL)
+def test_maps_come_in_the_order_of_the_stages(family):
+    """However their numbers are listed."""
+    module, entry, kwargs = HIERARCHICAL[family]
+    maps = module.published(entry, {**kwargs, "out_indices": (3, 1)}).model.eval()(torch.randn(1, 3, 64, 64))
+    assert [y.shape[2:] for y in maps] == [(8, 8), (2, 2)]
+
+
 ISOTROPIC = {
     "plainmamba": (plainmamba, "x:PlainMambaSeg", {"arch": "L1"}),
     "localvim": (localmamba, "x:Backbone_LocalVisionMamba", dict(

@@ -244,7 +244,7 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     if name == "EfficientVSSM":
         return Published(EfficientVMamba(**ours), own_keys, run_classifier)
     model = EfficientVMamba(**{**ours, "num_classes": 0})
-    maps = StageMaps(model, out_indices)
+    maps = StageMaps(model, sorted(out_indices))
     kept, depths = len(maps.stages), [len(stage.blocks) for stage in model.stages]
     left_out = [*unread(kept, len(depths)), drop(rf"^layers\.{kept - 1}\.{depths[kept - 1] + 2}\.")]
     return Published(maps, [*left_out, *own_keys], run_backbone)

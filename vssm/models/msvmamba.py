@@ -438,5 +438,5 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     if name == "VSSM":
         return Published(MSVMamba(**ours), rules, run_classifier)
     model = MSVMamba(**{**ours, "num_classes": 0})
-    maps = StageMaps(model, out_indices)
+    maps = StageMaps(model, sorted(out_indices))
     return Published(maps, [*unread(len(maps.stages), len(model.stages)), *rules], run_backbone)

@@ -445,6 +445,6 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     own_keys = keys(ours["downsample"], len(model.stages), ours["out_norm"], ours.get("mixer", "scan"))
     if name == "VSSM":
         return Published(model, own_keys, run_classifier)
-    maps = StageMaps(model, out_indices, norm=type(model.norm))
+    maps = StageMaps(model, sorted(out_indices), norm=type(model.norm))
     left_out = [*unread(len(maps.stages), len(model.stages)), drop(r"^pos_embed$")]
     return Published(maps, [*left_out, *own_keys], run_backbone)

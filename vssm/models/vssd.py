@@ -245,5 +245,5 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     if name == "VMAMBA2":
         return Published(VSSD(**ours), KEYS, run_classifier)
     model = VSSD(**{**ours, "num_classes": 0})
-    maps = StageMaps(model, out_indices)
+    maps = StageMaps(model, sorted(out_indices))
     return Published(maps, [*unread(len(maps.stages), len(model.stages)), *KEYS], run_backbone)
