@@ -107,6 +107,13 @@ def test_takes_volumes_that_the_published_slices_do_not_divide(size):
         SegMamba(**NARROW, slices=SLICES)(x)
 
 
+@pytest.mark.parametrize("options", [{"depths": (1, 0, 0, 0)}, {"mixer": "conv"}], ids=str)
+def test_slices_that_nobody_reads_divide_nothing(options):
+    model = SegMamba(**{**NARROW, **options}, slices=SLICES)
+    assert model(torch.randn(1, 1, 48, 32, 32)).shape[2:] == (48, 32, 32)
+
+
+
 def test_refuses_a_volume_that_ends_as_one_cell():
     message = r"two cells or more, got \(1, 1, 1\) from images \(16, 16, 16\); pad them to \(32, 16, 16\)"
     with pytest.raises(ValueError, match=message):

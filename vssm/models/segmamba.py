@@ -138,7 +138,7 @@ class SegMamba(Segmenter):
         for name, values in (("features", features), ("slices", slices)):
             if values is not None and len(values) != len(depths):
                 raise ValueError(f"SegMamba: {name} must have one entry a stage ({len(depths)}), got {tuple(values)}")
-        self.slices = None if slices is None else tuple(slices)
+        self.slices = None if slices is None or mixer == "conv" else tuple(slices)
         self.grad_checkpointing = False
 
         def make_mixer(stage: int) -> nn.Module:
@@ -166,10 +166,10 @@ class SegMamba(Segmenter):
         self.out = conv(features[0], out_channels, 1)
 
     def check_sides(self, sides: tuple[int, ...]) -> None:
-        for i in range(len(self.stages)):
+        for i, stage in enumerate(self.stages):
             grid = tuple(side // 2 ** (i + 1) for side in sides)
             cells = prod(grid)
-            if self.slices is not None and cells % self.slices[i]:
+            if self.slices is not None and stage.blocks and cells % self.slices[i]:
                 raise ValueError(
                     f"SegMamba: stage {i} has {self.slices[i]} slices, which must divide its {cells} cells {grid}, got "
                     f"images {sides}; pad each side to a multiple of {2 * self.multiple[0]}, or pass "
