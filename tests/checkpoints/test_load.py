@@ -180,6 +180,12 @@ def test_load_state_dict_understands_published_names():
     for each in (loaded, copied, pickled):
         each.load_state_dict(state)
         assert same(model, each)
+    trained, saved = TINY.build(), {f"model.{key}": value for key, value in model.state_dict().items()}  # by Lightning
+    accept_published_names(trained)
+    trained.load_state_dict(saved)
+    assert same(model, trained)
+    with pytest.raises(RuntimeError, match=r"missing keys \(23\)"):
+        trained.load_state_dict({})
     loaded.load_state_dict(BASE.build(dim=4, depth=1).state_dict())
     with pytest.raises(RuntimeError, match="the state dict does not fit toy_tiny; it looks like toy_small"):
         loaded.load_state_dict(published(SMALL)[1])

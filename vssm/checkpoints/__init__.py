@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vssm.checkpoints.adapt import Adapted, adapt_state
 from vssm.checkpoints.digest import digest
 from vssm.checkpoints.download import DownloadError, cached_path, locate, sha256, source_url
-from vssm.checkpoints.files import Checkpoint, read_checkpoint, write_checkpoint
+from vssm.checkpoints.files import Checkpoint, read_checkpoint, without_wrappers, write_checkpoint
 from vssm.checkpoints.fit import Misfits, best_row, explanation, looks_like, misfits, translated
 from vssm.checkpoints.transfer import Transfer, load_encoder
 from vssm.models.keys import Rule, shapes_of
@@ -135,8 +135,9 @@ def load_pretrained(
 def accept_published_names(model: nn.Module) -> None:
     """Make ``model.load_state_dict`` understand published names too, so that other loaders (timm's) can be used.
 
-    A state dict under the model's own names is loaded as ever. Any other is translated; where it does not fit and the
-    load is strict, the RuntimeError says what ``load_weights`` would.
+    A state dict under the model's own names is loaded as ever. Any other loses the prefix that all its names share (as
+    ``model.`` of a training run) and is translated; where it does not fit and the load is strict, the RuntimeError says
+    what ``load_weights`` would.
     """
     model.register_load_state_dict_pre_hook(_translate)
 
@@ -148,6 +149,9 @@ def _translate(
     given = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
     if {name: tuple(value.shape) for name, value in given.items()} == shapes:
         return
+    for name in given:
+        del state[prefix + name]
+    given = without_wrappers(given)
     variant = best_row(model, given, shapes)
     rules = variant.keys if variant else ()
     ours, published = translated(given, rules, shapes)
@@ -155,6 +159,4 @@ def _translate(
     if found and strict and not prefix:
         name = variant.name if variant else type(model).__name__
         raise RuntimeError(f"load_state_dict: the state dict {explanation(given, found, name)}")
-    for name in given:
-        del state[prefix + name]
     state.update({prefix + name: value for name, value in ours.items()})

@@ -191,6 +191,15 @@ def _without_prefix(state: dict[str, Tensor], path: Path, prefix: str) -> dict[s
         state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
         if not state:
             raise ValueError(f"read_checkpoint: no entry of {path} starts with {prefix!r}")
-    while shared := next((w for w in WRAPPERS if all(name.startswith(w) for name in state)), None):
+    return without_wrappers(state)
+
+
+def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
+    """Cut off the prefixes of DDP, compile, mm* and Lightning that all names share.
+
+    >>> without_wrappers({"module.model.a": 1, "module.model.b": 2})
+    {'a': 1, 'b': 2}
+    """
+    while state and (shared := next((w for w in WRAPPERS if all(name.startswith(w) for name in state)), None)):
         state = {name[len(shared) :]: value for name, value in state.items()}
     return state
