@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from small_runs import image_folder
 
 from vssm.data import Augment, ImageFolder, Loader, MNIST5k, Pixels
@@ -207,6 +208,29 @@ def test_too_many_damaged_images_are_an_error(folder):
     with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(ValueError, match=expected) as error:
         list(data.train_dataloader())
     assert all(str(file) in str(error.value) for file in broken)
+
+
+def test_images_of_sixteen_bits_are_no_white_images(folder):
+    """Pillow's own conversion would make every value above 255 white."""
+    file = folder / "val" / "cat" / "00.png"
+    Image.fromarray(np.full((20, 24), 3000, dtype=np.uint16)).save(file)
+    data = attach(ImageFolder(str(folder), loader=SMALL, pixels=Pixels(image_size=32)))
+    data.setup("validate")
+    with pytest.warns(UserWarning, match=r"00.png cannot be read .*8 bits a channel, got Pillow's mode I;16"):
+        assert next(iter(data.val_dataloader()))["index"].tolist() == [1, 2, 3]
+
+
+def test_hidden_folders_are_no_classes_and_empty_ones_are_refused(folder):
+    data = ImageFolder(str(folder), loader=SMALL)
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    data.sources("fit")
+    assert data.class_names == ["cat", "dog"]
+    (folder / "train" / "emu").mkdir()
+    with pytest.raises(ValueError, match=r"each class of .*train must have an image .*, got none for emu; remove"):
+        data.sources("fit")
+    (folder / "test").mkdir()
+    with pytest.raises(ValueError, match=r"test must hold a folder for each class, found none"):
+        ImageFolder(str(folder), train_folder="none", loader=SMALL).sources("test")
 
 
 def test_grey_images_take_the_mean_of_the_statistics(folder):

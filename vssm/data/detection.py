@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from vssm.data.annotations import Annotated, Objects, coco, voc
 from vssm.data.box_augment import BoxAugment, Scene
-from vssm.data.images import Images, image_files, read_mnist5k, split_mnist5k
+from vssm.data.images import Images, converted, image_files, read_mnist5k, split_mnist5k
 from vssm.data.loading import Loader, OrderedData
 
 
@@ -155,7 +155,7 @@ class FileReader:
 
     def __call__(self, index: int) -> tuple[Image.Image, Objects]:
         with Image.open(self.files[index]) as file:
-            image = file.convert(self.mode)
+            image = converted(file, self.mode)
         if self.objects is None:
             return image, nothing(image.size)
         objects = self.objects[index]

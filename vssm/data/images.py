@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from vssm.data.loading import Loader, OrderedData
@@ -254,7 +254,14 @@ class _FileReader:
 
     def __call__(self, index: int) -> Image.Image:
         with Image.open(self.files[index]) as image:
-            return image.convert(self.mode)
+            return converted(image, self.mode)
+
+
+def converted(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image of 8 bits a channel in another mode; of deeper ones Pillow would make all above 255 white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(f"it must have 8 bits a channel, got Pillow's mode {image.mode}; scale its values to 0 … 255")
+    return image.convert(mode)
 
 
 @dataclass(frozen=True)
@@ -272,7 +279,8 @@ class _ArrayReader:
 class ImageFolder(ImageData):
     """ImageNet-style folders: ``root/train/CLASS/*.jpg``, ``root/val/CLASS/*`` and, if there is one, ``root/test``.
 
-    Classes are the sorted names of the folders in ``train`` (in ``val`` or ``test`` where there is no ``train``).
+    Classes are the sorted names of the folders in ``train`` (in ``val`` or ``test`` where there is no ``train``) that
+    do not begin with a dot.
 
     Args:
         root: Folder that holds the splits.
@@ -300,11 +308,10 @@ class ImageFolder(ImageData):
     def sources(self, stage: str) -> dict[str, Source]:
         """Return the images of the stage's folders; their classes must be those of the training folder."""
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
-        self.class_names, numbers = find_classes(self._folder(splits[0]))
         reference = self.root / self.folders["train"]
-        if splits[0] != "train" and reference.is_dir():
-            self.class_names, numbers = find_classes(reference)
-        return {split: self._source(split, numbers) for split in splits}
+        known = splits[0] != "train" and reference.is_dir()
+        self.class_names = _class_folders(reference if known else self._folder(splits[0]))
+        return {split: self._source(split) for split in splits}
 
     def _folder(self, split: str) -> Path:
         folder = self.root / self.folders[split]
@@ -316,17 +323,32 @@ class ImageFolder(ImageData):
             )
         return folder
 
-    def _source(self, split: str, numbers: dict[str, int]) -> Source:
+    def _source(self, split: str) -> Source:
         folder = self._folder(split)
-        unknown = set(find_classes(folder)[0]) - set(numbers)
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        unknown = set(_class_folders(folder)) - set(numbers)
         if unknown:
             raise ValueError(
                 f"ImageFolder: the classes of {folder} must be among the {len(numbers)} of "
                 f"{self.root / self.folders['train']}, got also {', '.join(sorted(unknown)[:5])}"
             )
         samples = make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
-        files = [file for file, _ in samples]
-        return Source(self._reader(files), files, [label for _, label in samples])
+        files, labels = [file for file, _ in samples], [label for _, label in samples]
+        seen = set(labels)
+        empty = [name for name, number in numbers.items() if number not in seen]
+        if split == "train" and empty:
+            raise ValueError(
+                f"ImageFolder: each class of {folder} must have an image ({', '.join(IMG_EXTENSIONS)}), got none for "
+                f"{', '.join(empty[:5])}; remove the folders or fill them"
+            )
+        return Source(self._reader(files), files, labels)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
+        raise ValueError(f"ImageFolder: {folder} must hold a folder for each class, found none")
+    return names
 
 
 class MNIST5k(ImageData):

@@ -18,7 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
-from vssm.data.images import UNREADABLE, image_files
+from vssm.data.images import UNREADABLE, converted, image_files
 from vssm.data.loading import Loader, OrderedData
 from vssm.data.order import Key, preserved_rng, seed_rng
 from vssm.models.variant import IMAGENET_MEAN, IMAGENET_STD
@@ -125,7 +125,7 @@ class Scenes(Dataset):
         return sample if label is None else sample | {"label": label.long()}
 
     def _image(self, index: int) -> Tensor:
-        return transforms.pil_to_tensor(read(self.who, self.files[index]).convert("RGB"))
+        return transforms.pil_to_tensor(read(self.who, self.files[index], "RGB"))
 
     def _label(self, index: int, size: Sequence[int]) -> Tensor:
         """(H, W), uint8, checked."""
@@ -183,8 +183,8 @@ class Scenes(Dataset):
         return transforms.normalize(image.float() / 255, list(self.mean), list(self.std))
 
 
-def read(who: str, file: Path) -> Image.Image:
-    """Read an image.
+def read(who: str, file: Path, mode: str | None = None) -> Image.Image:
+    """Read an image, in its own mode if ``mode`` is None.
 
     Raises:
         ValueError: If it cannot be read; the message names the file.
@@ -192,7 +192,7 @@ def read(who: str, file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             image.load()
-            return image
+            return converted(image, mode) if mode else image
     except UNREADABLE as error:
         found = f"{type(error).__name__}: {error}"
         raise ValueError(f"{who}: {file} must be an image, it cannot be read ({found})") from error
