@@ -62,21 +62,33 @@ def undone_as_published(sequence, name, grid):
 
 @pytest.mark.parametrize("directions", ["h v_flip w2 w3_flip", "v v_flip", "h_flip w7"])
 @pytest.mark.parametrize("class_token", [None, "middle"])
-@pytest.mark.parametrize("conv", ["sequence", "grid"])
-def test_a_mixer_is_that_of_the_sheet(conv, class_token, directions):
+@pytest.mark.parametrize(
+    ("conv", "options"),
+    [
+        ("sequence", {}), ("grid", {}), ("grid", {"act": "gelu", "dt_rank": 3}), ("grid", {"conv_size": 0}),
+        ("grid", {"conv_size": 5, "conv_bias": False}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_mixer_is_that_of_the_sheet(conv, options, class_token, directions):
     """On a grid that is not square: padding with values, the token after as many steps, columns as published."""
     if conv == "grid" and class_token:
         return
     columns = [k for k, name in enumerate(directions.split()) if name[0] == "v"]
-    mixer = LocalMixer(16, "local", {"directions": directions}, columns, conv, class_token).double()
+    mixer = LocalMixer(16, "local", {"directions": directions}, columns, conv, class_token, **options).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     (h, w), p = (3, 5), 7
     count = h * w + (class_token is not None)
     x = torch.randn(1, count, 16, dtype=torch.float64)
-    xz, width, silu = mixer.in_proj(x)[0], 32, torch.nn.functional.silu
+    xz, width, silu = mixer.in_proj(x)[0], 32, getattr(torch.nn.functional, options.get("act", "silu"))
     if conv == "grid":
-        xz = torch.cat([silu(mixer.conv(xz[:, :width].T.view(1, width, h, w)))[0].flatten(1).T, xz[:, width:]], 1)
+        u = xz[:, :width].T.view(1, width, h, w)
+        if options.get("conv_size", 3):
+            taps = options.get("conv_size", 3)
+            bias = mixer.conv.bias if options.get("conv_bias", True) else None
+            u = torch.nn.functional.conv2d(u, mixer.conv.weight, bias, padding=taps // 2, groups=width)
+        xz = torch.cat([silu(u)[0].flatten(1).T, xz[:, width:]], 1)
     patches = torch.cat([xz[:p], xz[p + 1 :]]) if class_token else xz
     ssm, total = mixer.ssm, 0
     for k, name in enumerate(directions.split()):
@@ -262,6 +274,21 @@ def test_the_backbone_trains_every_parameter():
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
 
 
+def test_arguments_that_published_recipes_give_and_nothing_reads():
+    """LocalVMamba's of Mask R-CNN and UPerNet have those of VMamba; the class's own defaults need not be given."""
+    kwargs = dict(
+        dims=8, depths=[1, 1], directions=[["h"], ["v"]], ssm_d_state=4, ssm_dt_rank="auto", ssm_ratio=2.0,
+        mlp_ratio=0.0, downsample_version="v1", patchembed_version="v1", drop_path_rate=0.1, out_indices=(0, 1),
+    )  # fmt: skip
+    assert len(published("x.py:Backbone_LocalVSSM", kwargs).model(torch.randn(1, 3, 32, 40))) == 2
+    rest = {**SEARCH_PARTS, "ssm_cfg": {}, "initializer_cfg": None, "device": None, "dtype": None}
+    del rest["final_pool_type"]
+    assert published("x.py:VisionMamba", rest).model.global_pool == "last"
+    options = dict(ssm_dt_rank=3, ssm_act_layer="gelu", ssm_conv=1, ssm_conv_bias=False)
+    mixer = published("x.py:VSSM", {"dims": 8, "depths": [1], **options}).model.stages[0].blocks[0].mixer
+    assert (mixer.ssm.splits[0], type(mixer.act).__name__, mixer.conv) == (3, "GELU", None)
+
+
 def test_published_constructors():
     """Factories set what their arguments do not; those of LocalVMamba take no arguments at all."""
     with torch.device("meta"):
@@ -287,7 +314,7 @@ VIM = {"directions": [["h"] * 4] * 24, "rms_norm": True, "final_pool_type": "mea
         ("VisionMamba", {**VIM, "if_cls_token": True}, "use_middle_cls_token=False"),
         ("VisionMamba", {**VIM, "window": 3}, "arguments window"),
         ("VisionMamba", {**VIM, "final_pool_type": "max"}, "final_pool_type='max'"),
-        ("Backbone_LocalVSSM", {"directions": [["h"]], "ssm_conv": 1}, "ssm_conv=1"),
+        ("Backbone_LocalVSSM", {"directions": [["h"]], "patch_norm": False}, "patch_norm=False"),
         ("Backbone_LocalVSSM", {"directions": [["h"]], "window": 3}, "arguments window"),
     ],
 )

@@ -45,7 +45,9 @@ class LocalMixer(ScanMixer):
             each direction.
         class_token: It lies in the ``"middle"`` of the tokens, and in every direction after as many steps; or None.
         weighted: Normalise the directions and add them up by learnt weights, as the search for directions does.
-        d_state, expand: See ``ScanMixer``.
+        d_state, expand, dt_rank: See ``ScanMixer``.
+        conv_size, conv_bias, act: See ``ScanMixer``; ``conv_size=0`` for no convolution over the grid. A convolution
+            along each direction has its own.
     """
 
     fuses_gate = False
@@ -62,10 +64,17 @@ class LocalMixer(ScanMixer):
         weighted: bool = False,
         d_state: int = 16,
         expand: float = 2.0,
+        dt_rank: int | None = None,
+        conv_size: int = 3,
+        conv_bias: bool = True,
+        act: str = "silu",
     ):
+        sequences = conv == "sequence"
         super().__init__(
-            dim, scan=scan, scan_options=scan_options, conv=conv, conv_size=3 if conv == "grid" else 4,
-            out_norm="layer" if conv == "grid" else None, class_token=class_token, d_state=d_state, expand=expand,
+            dim, scan=scan, scan_options=scan_options, conv=conv if conv_size else None,
+            conv_size=4 if sequences else conv_size, conv_bias=conv_bias, act=act,
+            out_norm=None if sequences else "layer", class_token=class_token, d_state=d_state, expand=expand,
+            dt_rank=dt_rank,
         )  # fmt: skip
         self.columns = tuple(columns)
         grid = (12, 12)
@@ -76,7 +85,7 @@ class LocalMixer(ScanMixer):
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
         z = self.act(z)
-        if self.conv is not None:
+        if self.sequence_conv is None:
             y = self.merged(self.along_grid(x, grid), grid)
             y = over_map(self.out_norm, y, grid) * z
         else:
@@ -84,7 +93,7 @@ class LocalMixer(ScanMixer):
         return self.out_proj(y)
 
     def along_grid(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        u = self.act(over_map(self.conv, x, grid))
+        u = self.act(x if self.conv is None else over_map(self.conv, x, grid))
         return self.ssm(u, self.table(grid, x.device), merge=None, revisits=self.revisits)
 
     def along_sequences(self, x: Tensor, grid: Sequence[int]) -> Tensor:

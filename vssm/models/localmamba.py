@@ -67,7 +67,8 @@ class LocalVMamba(Hierarchical):
         in_chans, num_classes, global_pool, drop_rate, drop_path_rate: As in timm.
         depths: Blocks of each stage.
         dim: Channels of the first stage, which double with every stage; or of all of them.
-        d_state, expand: States of each channel of the scan, and its channels over those of the block.
+        d_state, expand, dt_rank, conv_size, conv_bias, act: Of the mixers, see ``ScanMixer``; ``conv_size=0`` for no
+            convolution.
         directions, scan, scan_options: As in ``LocalVim``; blocks count through all stages.
         patch_size: Pixels of the image to one cell of the first stage.
     """
@@ -82,6 +83,10 @@ class LocalVMamba(Hierarchical):
         dim: int | Sequence[int] = 96,
         d_state: int = 16,
         expand: float = 2.0,
+        dt_rank: int | None = None,
+        conv_size: int = 3,
+        conv_bias: bool = True,
+        act: str = "silu",
         directions: Directions = SEARCHED_TINY,
         scan: str = "local",
         scan_options: Mapping[str, Any] | None = None,
@@ -91,8 +96,9 @@ class LocalVMamba(Hierarchical):
     ):
         dims = widths("LocalVMamba", dim, depths)
         make_mixer = local_mixers(
-            scan, scan_options, directions, sum(depths), "grid", d_state=d_state, expand=expand
-        )
+            scan, scan_options, directions, sum(depths), "grid", d_state=d_state, expand=expand, dt_rank=dt_rank,
+            conv_size=conv_size, conv_bias=conv_bias, act=act,
+        )  # fmt: skip
 
         def block(i: int, j: int, rate: float) -> nn.Module:
             return LocalVMambaBlock(make_mixer(sum(depths[:i]) + j, dims[i]), dims[i], rate)
@@ -211,16 +217,16 @@ VIM_FACTORY = {
     "patch_size": 16, "embed_dim": 192, "depth": 20, "rms_norm": True, "final_pool_type": "mean", "if_rope": True,
     "if_rope_residual": True, "if_abs_pos_embed": True, "directions": [names.split() for names in SEARCHED],
 }  # fmt: skip
-VIM_DEFAULTS = {  # of the published class, where it is not given; None must be given
+VIM_DEFAULTS: dict[str, Any] = {  # of the published class
     "img_size": 224, "patch_size": 16, "depth": 24, "embed_dim": 192, "channels": 3, "num_classes": 1000,
-    "rms_norm": None, "final_pool_type": None, "if_abs_pos_embed": None, "if_rope": False, "if_rope_residual": False,
-    "if_cls_token": False, "use_middle_cls_token": False, "directions": None,
+    "rms_norm": False, "final_pool_type": "none", "if_abs_pos_embed": False, "if_rope": False,
+    "if_rope_residual": False, "if_cls_token": False, "use_middle_cls_token": False, "directions": None,
 }  # fmt: skip
 VIM_UNCHANGED = {"ssm_cfg": None, "norm_epsilon": EPS, "pt_hw_seq_len": 14}
 ELSEWHERE = {  # change no output: training, precision, fused or not; or, as published, nothing reads them
     "drop_rate", "drop_path_rate", "fused_add_norm", "residual_in_fp32", "pretrained", "pretrained_ckpt",
     "use_checkpoint", "d_state", "stride", "bimamba_type", "if_bimamba", "if_devide_out", "if_divide_out",
-    "ft_seq_len",
+    "ft_seq_len", "initializer_cfg", "device", "dtype",
 }  # fmt: skip
 VIM_POOLS = {"mean": "avg", "none": "last", "all": ""}
 
@@ -229,7 +235,7 @@ def translate_vim(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``LocalVim`` for those of the published ``VisionMamba``."""
     given = {key: value for key, value in kwargs.items() if key not in ELSEWHERE}
     for key, value in VIM_UNCHANGED.items():
-        if given.pop(key, value) not in (value, None):
+        if given.pop(key, value) not in (value, None, {}):
             raise NotCovered(f"{key}={kwargs[key]!r}")
     nothing_left(given.keys() - VIM_DEFAULTS.keys())
     given = VIM_DEFAULTS | given
@@ -260,18 +266,25 @@ def _joined(directions: Sequence[Sequence[str]] | None) -> list[str] | None:
 
 VMAMBA_FACTORIES = {row.name.replace("localvmamba", "local_vssm"): row for row in VARIANTS}
 VMAMBA_SAME = {"patch_size": "patch_size", "in_chans": "in_chans", "num_classes": "num_classes", "depths": "depths",
-               "dims": "dim", "ssm_d_state": "d_state", "ssm_ratio": "expand"}  # fmt: skip
-VMAMBA_UNCHANGED = {
-    "ssm_dt_rank": "auto", "patch_norm": True, "ssm_act_layer": "silu", "ssm_conv": 3, "ssm_conv_bias": True,
+               "dims": "dim", "ssm_d_state": "d_state", "ssm_ratio": "expand", "ssm_conv_bias": "conv_bias",
+               "ssm_act_layer": "act"}  # fmt: skip
+VMAMBA_UNCHANGED = {"patch_norm": True}
+VMAMBA_ELSEWHERE = {  # the last three stand in published configurations, and nothing reads them
+    *ELSEWHERE, "norm_layer", "ssm_drop_rate", "ssm_simple_init", "mlp_ratio", "downsample_version",
+    "patchembed_version",
 }  # fmt: skip
-VMAMBA_ELSEWHERE = {*ELSEWHERE, "mlp_ratio", "norm_layer", "ssm_drop_rate", "ssm_simple_init"}
 
 
 def translate_vmamba(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``LocalVMamba`` for those of the published ``VSSM``."""
     given = dict(kwargs)
-    directions = given.pop("directions", None)
-    return {**translated(given, VMAMBA_SAME, VMAMBA_UNCHANGED, VMAMBA_ELSEWHERE), "directions": _joined(directions)}
+    directions, rank, size = given.pop("directions", None), given.pop("ssm_dt_rank", "auto"), given.pop("ssm_conv", 3)
+    return {
+        **translated(given, VMAMBA_SAME, VMAMBA_UNCHANGED, VMAMBA_ELSEWHERE),
+        "directions": _joined(directions),
+        "dt_rank": None if rank == "auto" else rank,
+        "conv_size": size if size > 1 else 0,
+    }
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
