@@ -238,7 +238,10 @@ def test_calls_are_timed_on_the_cpu(monkeypatch):
     """With and without gradients, beside an empty pass; the least is no more than the median."""
     synchronised = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronised.append(1))
-    monkeypatch.setattr(benchmark.torch, "device", lambda name: "cpu")
+    shapes = {"u": (1, 12, 8), "delta": (1, 2, 12, 8), "A": (2, 8, 4), "B": (1, 2, 12, 4), "C": (1, 2, 12, 4)}
+    shapes["grad"] = shapes["u"]
+    monkeypatch.setattr(benchmark, "_inputs", lambda *_: {name: -torch.rand(*shape) for name, shape in shapes.items()})
+    monkeypatch.setattr(benchmark, "_table", lambda *_: torch.stack([torch.randperm(12) for _ in range(2)]))
     monkeypatch.setattr(_timing, "ROUND", 2)
     monkeypatch.setattr(benchmark, "SECONDS", 0.05)
     monkeypatch.setitem(benchmark.SUITE, "tiny", benchmark.Case(1, 2, 8, (3, 4), 4, True, 1.0, 1.0, 1.0))

@@ -377,9 +377,29 @@ def test_a_cuda_graph_replays_the_scan():
     assert torch.equal(y, expected)
 
 
+@pytest.fixture
+def forget(monkeypatch):
+    """Forgets what calls were met before."""
+    replay, kinds = (import_module(f"vssm.kernels.{name}") for name in ("triton_replay", "kinds"))
+
+    def forgotten() -> None:
+        for module, name in ((replay, "_recipes"), (kinds, "_kinds"), (kinds, "_guarded")):
+            monkeypatch.setattr(module, name, {})
+
+    forgotten()
+    return forgotten
+
+
+def chains() -> list[object]:
+    """The graphs that calls are launched as."""
+    recipes = import_module("vssm.kernels.triton_replay")._recipes.values()
+    made = [recipe.direct.chain for recipe in recipes if recipe is not None and recipe.direct is not None]
+    return [chain for chain in made if chain is not None]
+
+
 @gpu
 @pytest.mark.parametrize("stream", ["default", "own"])
-def test_calls_in_flight_keep_their_arguments(stream):
+def test_calls_in_flight_keep_their_arguments(stream, forget):
     """Kernels that are called often are one launch, told of the next tensors before it has run."""
     with torch.cuda.stream(None if stream == "default" else torch.cuda.Stream()):
         calls = [{name: x.bfloat16().cuda() for name, x in scan_inputs(1, 2, 2100, 64, 16).items()} for _ in range(20)]
@@ -390,6 +410,9 @@ def test_calls_in_flight_keep_their_arguments(stream):
         for call in calls:
             alone.append(run(call))
             torch.cuda.synchronize()
+        assert {chain.stream for chain in chains()} == {torch.cuda.current_stream().cuda_stream}
+        assert len(chains()) == 2  # forward and backward
+        torch.cuda._sleep(200_000_000)
         together = [run(call) for call in calls]
         torch.cuda.synchronize()
         for one, other in zip(alone, together):
@@ -397,12 +420,14 @@ def test_calls_in_flight_keep_their_arguments(stream):
 
 
 @gpu
-def test_a_cuda_graph_is_captured_of_calls_that_are_one_launch():
+def test_a_cuda_graph_is_captured_of_calls_that_are_one_launch(forget):
     inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(1, 1, 2100, 64, 16).items()}
     run = partial(selective_scan, **inputs, delta_softplus=True)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        expected = [run()[0] for _ in range(8)][-1]
+        expected = [run()[0] for _ in range(20)][-1]
+    assert chains()
     with torch.cuda.graph(graph, stream=stream):
         y, _ = run()
     y.zero_()
@@ -413,22 +438,53 @@ def test_a_cuda_graph_is_captured_of_calls_that_are_one_launch():
 
 
 @gpu
-def test_the_driver_and_tritons_launcher_do_the_same(monkeypatch):
+def test_a_capture_on_another_stream_is_left_alone(forget):
+    """Calls become one launch, run so, and their graphs are destroyed while another stream is captured."""
+    room = import_module("vssm.kernels.triton_graph").room
+    inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(1, 1, 2100, 64, 16).items()}
+    run = partial(selective_scan, **inputs, delta_softplus=True)
+    expected, _ = run()
+    side, captured, graph, x = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.ones(4).cuda()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=captured):
+        y = x + 1
+        with torch.cuda.stream(side):
+            actual = [run()[0] for _ in range(20)]
+            assert chains()
+            forget()
+            assert room()
+        y = y + 1
+    graph.replay()
+    torch.cuda.synchronize()
+    assert y.tolist() == [3.0] * 4
+    assert all(torch.equal(value, expected) for value in actual)
+
+
+@gpu
+def test_one_tensor_may_be_two_operands(forget):
+    """After calls with two, whose shortcut is taken."""
+    inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(1, 1, 300, 32, 16).items()}
+    run = partial(selective_scan, delta_softplus=True)
+    twice = inputs | {"C": inputs["B"]}
+    expected, _ = run(**twice)
+    forget()
+    for _ in range(20):
+        run(**inputs)
+    assert torch.equal(run(**twice)[0], expected)
+
+
+@gpu
+def test_the_driver_and_tritons_launcher_do_the_same(monkeypatch, forget):
     """The first call is made, the second replayed by the driver, the third by a shortcut, the last one by Triton."""
     replay, kinds = (import_module(f"vssm.kernels.{name}") for name in ("triton_replay", "kinds"))
-
-    def forget() -> None:
-        monkeypatch.setattr(replay, "_recipes", {})
-        monkeypatch.setattr(kinds, "_kinds", {})
-        monkeypatch.setattr(kinds, "_guarded", {})
-
-    forget()
     inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(2, 2, 300, 32, 16, shared="u").items()}
     run = partial(value_and_grads, partial(selective_scan, backend="triton"), inputs, delta_softplus=True)
     run = partial(run, table=permutations(2, 300).cuda(), merge="sum", revisits=False)
     made, directly, shorter = run(), run(), run()
     assert any(recipe is not None and recipe.direct is not None for recipe in replay._recipes.values())
     assert any(kind.shortcuts for kind in kinds._kinds.values())
+    together = [run() for _ in range(20)][-1]
+    assert len(chains()) == 2
     monkeypatch.setattr(replay.triton_direct, "arguments", lambda *_: None)
     forget()  # the shortcuts too, which end in the driver
     run()
@@ -436,22 +492,24 @@ def test_the_driver_and_tritons_launcher_do_the_same(monkeypatch):
     assert any(recipe is not None for recipe in replay._recipes.values())
     assert all(recipe is None or recipe.direct is None for recipe in replay._recipes.values())
     for name, value in made.items():
-        assert torch.equal(value, directly[name]), name
-        assert torch.equal(value, shorter[name]), name
-        assert torch.equal(value, by_triton[name]), name
+        for other in (directly, shorter, together, by_triton):
+            assert torch.equal(value, other[name]), name
 
 
 @gpu
-def test_a_thread_without_a_context_launches():
+def test_a_thread_without_a_context_launches(forget):
     """The first thing that a thread does with the GPU may be a replayed call, whose memory comes from the cache."""
-    x = torch.rand(1, 40, 8, device="cuda")
-    run = partial(selective_scan, x, x, -torch.ones(8, 4, device="cuda"), x[..., :4], x[..., :4])
+    inputs = {name: x.bfloat16().cuda() for name, x in scan_inputs(1, 1, 2100, 64, 16).items()}
+    run = partial(selective_scan, **inputs, delta_softplus=True)
     expected, _ = run()
-    torch.cuda.synchronize()
-    run()
-    with ThreadPoolExecutor(1) as thread:
-        actual = thread.submit(lambda: run()[0]).result()
-    assert torch.equal(actual, expected)
+    for times in (2, 20):
+        for _ in range(times):
+            run()
+        torch.cuda.synchronize()
+        assert bool(chains()) == (times == 20)
+        with ThreadPoolExecutor(1) as thread:
+            for _ in range(2):
+                assert torch.equal(thread.submit(lambda: run()[0]).result(), expected)
 
 
 @gpu

@@ -183,12 +183,12 @@ def calls(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Ite
 
 
 def call_times(case: Case, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """CPU time without and with gradients, of forward with backward, and of two yardsticks of the CPU.
+    """CPU time under no_grad (entered at each call), recorded, of forward with backward, and two yardsticks of the CPU.
 
     ``empty`` is a pass of the same tensors through autograd that launches nothing, ``python`` a loop of 100 turns.
     """
-    scan = Scan(case, "raster", dtype)
-    inputs = scan.calls[0]
+    scan = Scan(case, "raster", dtype, copies=1)
+    (inputs,) = scan.calls
     scan.record()
 
     def forward() -> None:
@@ -226,13 +226,11 @@ class _Empty(torch.autograd.Function):
 
 
 class Scan:
-    """Calls of a case along an order."""
+    """Calls of a case along an order, with ``copies`` of inputs."""
 
-    def __init__(self, case: Case, order: str, dtype: torch.dtype) -> None:
-        l = math.prod(case.grid)
-        copies = max(1, min(6, int(CACHE_BYTES / (case.b * case.k * case.d * l * 2 * dtype.itemsize))))
+    def __init__(self, case: Case, order: str, dtype: torch.dtype, copies: int) -> None:
         self.table = _table(case, order)
-        self.calls = [_inputs(case, l, dtype) for _ in range(copies)]
+        self.calls = [_inputs(case, math.prod(case.grid), dtype) for _ in range(copies)]
 
     def record(self) -> None:
         """Ask for gradients from here on."""
@@ -253,7 +251,8 @@ class Scan:
 
 def scan_times(case: Case, order: str, dtype: torch.dtype) -> tuple[Timing, Timing, float]:
     """Forward, forward with backward, and the latter's peak memory in MB beyond inputs, outputs and gradients."""
-    scan = Scan(case, order, dtype)
+    elements = case.b * case.k * case.d * math.prod(case.grid)
+    scan = Scan(case, order, dtype, max(1, min(6, int(CACHE_BYTES / (elements * 2 * dtype.itemsize)))))
     with torch.no_grad():
         first = timed(scan.forward, scan.calls)
     scan.record()
