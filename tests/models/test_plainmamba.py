@@ -183,8 +183,9 @@ def test_an_architecture_has_its_parts_whatever_arguments_say():
     ("kwargs", "says"),
     [
         ({"arch": "L9"}, "arch='L9'"), ({"arch": "L1", "rms": 1}, "arguments rms"),
-        ({**NARROW, "layer_cfgs": {}}, "bias=False"), ({**NARROW, "with_pos_embed": False}, "with_pos_embed=False"),
-        ({**NARROW, "layer_cfgs": {"use_rms_norm": True}}, "use_rms_norm=True"),
+        ({**NARROW, "layer_cfgs": {"norm": 1}}, "arguments norm"),
+        ({**NARROW, "layer_cfgs": {"mamba_cfg": {"d_conv": 4}}}, "arguments d_conv"),
+        ({**NARROW, "with_pos_embed": False}, "with_pos_embed=False"),
     ],
 )  # fmt: skip
 def test_what_is_not_covered_says_so(kwargs, says):

@@ -16,6 +16,7 @@ from tolerance import error
 
 import vssm
 from vssm.models.keys import to_published
+from vssm.models.plainmamba import published as plainmamba_published
 from vssm.models.variant import variants
 
 
@@ -283,7 +284,8 @@ def plainmamba(p, x, depth):
     x = x + F.interpolate(table, x.shape[1:3], mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     for i in range(depth):
         b = sub(p, f"layers.{i}.")
-        x = x + zigzag(norm(x, b, "norm"), sub(b, "mamba."))
+        read = norm(x, b, "norm") if "norm.bias" in b else F.rms_norm(x, x.shape[-1:], b["norm.weight"], 1e-5)
+        x = x + zigzag(read, sub(b, "mamba.")) * b.get("mamba.gamma", 1)
         if "dw.0.weight" in b:
             x = F.gelu(batch_norm(conv(x, b, "dw.0").permute(0, 3, 1, 2), b, "dw.1")).permute(0, 2, 3, 1)
     return linear(norm(x, p, "ln1", 1e-6).mean((1, 2)), p, "head.fc")
@@ -342,3 +344,27 @@ def test_a_model_is_that_of_its_sheet(name, size, channels, batch):
         p = without_statistics(to_published(model.state_dict(), row.keys))
         with torch.no_grad():
             assert error(model(x), SHEETS[name](p, x.permute(0, 2, 3, 1), depths)) < bound, name
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {"d_state": 3, "expand": 1, "dt_rank": 2}, {"conv_size": 5, "conv_bias": False},
+        {"bias": True, "init_layer_scale": 0.5, "dt_min": 0.01},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("rms", [False, True])
+def test_plainmamba_has_other_parts_as_published(mixer, rms):
+    """Arguments of ``layer_cfgs``, which the published architectures leave as they are."""
+    torch.manual_seed(0)
+    parts = {"img_size": 32, "patch_size": 8, "embed_dims": 16, "num_layers": 2, "layers_with_dwconv": [1]}
+    backbone = {**parts, "layer_cfgs": {"use_rms_norm": rms, "mamba_cfg": mixer}}
+    built = plainmamba_published("ImageClassifier", {"backbone": backbone, "num_classes": 7})
+    model, x = built.model.double().eval(), torch.randn(2, 3, 45, 30, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        p = to_published(model.state_dict(), built.keys)
+        assert ("backbone.layers.0.mamba.in_proj.bias" in p) == mixer.get("bias", False)
+        assert error(model(x), plainmamba(p, x.permute(0, 2, 3, 1), 2)) < 1e-9

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.layers import DropPath, LayerNorm, register_notrace_function, to_2tuple
+from timm.layers import DropPath, LayerNorm, LayerScale, register_notrace_function, to_2tuple
 from torch import Tensor, nn
 
 from vssm.kernels import selective_scan
 from vssm.layers.conv import depthwise
 from vssm.layers.init import linear_like_transformers, ssm_like_transformers
 from vssm.layers.layout import over_map, to_map, to_tokens
-from vssm.layers.norm import TokenNorm
+from vssm.layers.norm import TOKEN_NORMS
 from vssm.layers.parts import check_choice
 from vssm.layers.position import positions
 from vssm.layers.ssm import SelectiveSSM, decay, ssm_parameters
@@ -82,7 +82,9 @@ class DirectedMixer(nn.Module):
         dim: Channels C of the tokens.
         d_state: States of each channel.
         expand: Channels of the scan over C.
-        conv_size: Of the depthwise convolution over the grid.
+        dt_rank: Rank of the step-size projection, C / 16 rounded up if None.
+        conv_size, conv_bias: Of the depthwise convolution over the grid.
+        bias: Of the projections in and out.
         scan, scan_options: A registered order; its rows are the paths.
     """
 
@@ -91,7 +93,10 @@ class DirectedMixer(nn.Module):
         dim: int,
         d_state: int = 16,
         expand: float = 2.0,
+        dt_rank: int | None = None,
         conv_size: int = 7,
+        conv_bias: bool = True,
+        bias: bool = True,
         scan: str = "snake",
         scan_options: Mapping[str, Any] | None = None,
     ):
@@ -100,11 +105,11 @@ class DirectedMixer(nn.Module):
         scan_shape(scan, (8, 8), **self.scan_options)  # complains about orders and options that are not there
         self.permutes = find_scan(scan).permutation
         width = int(expand * dim)
-        self.in_proj, self.act = nn.Linear(dim, 2 * width), nn.SiLU()
-        self.conv = depthwise(width, conv_size)
-        self.ssm = SelectiveSSM(width, 1, d_state, math.ceil(dim / 16))
+        self.in_proj, self.act = nn.Linear(dim, 2 * width, bias=bias), nn.SiLU()
+        self.conv = depthwise(width, conv_size, bias=conv_bias)
+        self.ssm = SelectiveSSM(width, 1, d_state, dt_rank or math.ceil(dim / 16))
         self.direction_B = nn.Parameter(torch.empty(MOVES, d_state))
-        self.out_proj = nn.Linear(width, dim)
+        self.out_proj = nn.Linear(width, dim, bias=bias)
         nn.init.trunc_normal_(self.direction_B, std=0.02)
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
@@ -144,18 +149,29 @@ def entering_moves(table: Tensor, width: int) -> Tensor:
 
 
 class PlainMambaBlock(nn.Module):
-    """Norm, mix, add; then a convolution of the sum, if ``conv``. (B, L, C) tokens in and out."""
+    """Norm, mix, scale, add; then a convolution of the sum, if ``conv``. (B, L, C) tokens in and out."""
 
-    def __init__(self, mixer: nn.Module, dim: int, conv: bool = False, drop_path: float = 0.0):
+    def __init__(
+        self,
+        mixer: nn.Module,
+        dim: int,
+        conv: bool = False,
+        drop_path: float = 0.0,
+        *,
+        norm: str = "layer",
+        layer_scale: float | None = None,
+    ):
         super().__init__()
-        self.norm, self.mixer = TokenNorm(dim, eps=1e-5), mixer
+        self.norm: nn.Module = TOKEN_NORMS[norm](dim, eps=1e-5)
+        self.mixer = mixer
+        self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.conv = None
         if conv:
             self.conv = nn.Sequential(depthwise(dim, 3, bias=False), nn.BatchNorm2d(dim), nn.GELU())
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        x = x + self.drop_path(self.mixer(self.norm(x), grid))
+        x = x + self.drop_path(self.layer_scale(self.mixer(self.norm(x), grid)))
         # As published: nothing is added to what the convolution returns.
         return x if self.conv is None else over_map(self.conv, x, grid)
 
@@ -171,6 +187,9 @@ class PlainMamba(Isotropic):
         embed_dim, depth: Channels and blocks.
         stem_convs: Convolutions in the stem behind the first one.
         conv_blocks: Blocks that end with a convolution.
+        d_state, expand, dt_rank, conv_size, conv_bias, bias: Of the mixers, see ``DirectedMixer``.
+        norm: Of the blocks, ``"layer"`` or ``"rms"``.
+        layer_scale: Initial factor of what a block adds, learned by channel; None for no factor.
         scan, scan_options: Of the mixers: a registered order. delta, B and C are those of the cell that is read if the
             order is no permutation of the cells, else as published, see ``DirectedMixer``.
     """
@@ -187,6 +206,14 @@ class PlainMamba(Isotropic):
         depth: int = 24,
         stem_convs: int = 1,
         conv_blocks: Collection[int] = (0,),
+        d_state: int = 16,
+        expand: float = 2.0,
+        dt_rank: int | None = None,
+        conv_size: int = 7,
+        conv_bias: bool = True,
+        bias: bool = True,
+        norm: str = "layer",
+        layer_scale: float | None = None,
         scan: str = "snake",
         scan_options: Mapping[str, Any] | None = None,
         drop_rate: float = 0.0,
@@ -194,6 +221,7 @@ class PlainMamba(Isotropic):
     ):
         super().__init__()
         check_choice("PlainMamba", "global_pool", global_pool, POOLS)
+        check_choice("PlainMamba", "norm", norm, TOKEN_NORMS)
         if min(to_2tuple(img_size)) < 2:
             raise ValueError(f"PlainMamba: img_size must be 2 or more each way, got {img_size}")
         self.patch_embed = PatchStem(in_chans, embed_dim, patch_size, stem_convs)
@@ -201,8 +229,11 @@ class PlainMamba(Isotropic):
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), embed_dim))
         self.blocks = nn.ModuleList()
         for i, rate in enumerate(drop_path_rates(drop_path_rate, depth)):
-            mixer = DirectedMixer(embed_dim, scan=scan, scan_options=scan_options)
-            self.blocks.append(PlainMambaBlock(mixer, embed_dim, i in conv_blocks, rate))
+            mixer = DirectedMixer(
+                embed_dim, d_state, expand, dt_rank, conv_size, conv_bias, bias, scan, scan_options,
+            )  # fmt: skip
+            block = PlainMambaBlock(mixer, embed_dim, i in conv_blocks, rate, norm=norm, layer_scale=layer_scale)
+            self.blocks.append(block)
         self.norm = LayerNorm(embed_dim, eps=1e-6)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = linear_head(embed_dim, num_classes)
@@ -274,6 +305,7 @@ KEYS: list[Rule] = [
     rename(r"^layers\.(\d+)\.", r"blocks.\1."),
     rename(r"^(blocks\.\d+)\.dw\.", r"\1.conv."),
     rename(r"\.mamba\.", r".mixer."),
+    rename(r"\.mixer\.gamma$", r".layer_scale.gamma"),
     rename(r"\.mixer\.conv2d\.", r".mixer.conv."),
     rename(r"\.mixer\.direction_Bs$", r".mixer.direction_B"),
     stack(("A_log",), "ssm.A_log"),
@@ -351,8 +383,9 @@ UNCHANGED = {"norm_cfg": {"type": "LN", "eps": 1e-6}, "interpolate_mode": "bicub
 INEFFECTIVE = {  # in training only
     "drop_rate", "drop_path_rate", "init_cfg", "test_cfg", "convert_syncbn", "freeze_patch_embed", "type",
 }  # fmt: skip
-LAYER = {"use_rms_norm": False}  # of layer_cfgs
-MIXER = {"d_state": 16, "expand": 2, "conv_size": 7, "dt_rank": "auto", "conv_bias": True, "bias": True}
+MIXER = {"d_state": "d_state", "expand": "expand", "conv_size": "conv_size", "conv_bias": "conv_bias", "bias": "bias",
+         "init_layer_scale": "layer_scale"}  # fmt: skip
+START = {"dt_init", "dt_min", "dt_max", "dt_scale", "dt_init_floor", "default_hw_shape"}  # or what a cache holds
 
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,17 +393,25 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(kwargs)
     arch, layer = given.pop("arch", None), given.pop("layer_cfgs", {})
     if arch is None:
-        mixer = {"bias": False, **layer.get("mamba_cfg", {})}  # the published default
-        found = {key: value for key, value in layer.items() if key != "mamba_cfg"}
-        found |= {key: value for key, value in mixer.items() if key not in ("dt_init", "default_hw_shape")}
-        for key, value in found.items():
-            if (LAYER | MIXER).get(key) != value:
-                raise NotCovered(f"layer_cfgs: {key}={value!r}")
-        return {"depth": 20, "conv_blocks": ()} | translated(given, SAME | PARTS, UNCHANGED, INEFFECTIVE)
+        parts = {"depth": 20, "conv_blocks": ()} | translated(given, SAME | PARTS, UNCHANGED, INEFFECTIVE)
+        return parts | _translate_layer(layer)
     if arch not in ARCHITECTURES or not isinstance(layer, Mapping):
         raise NotCovered(f"arch={arch!r}, layer_cfgs={layer!r}")
     # As published: an architecture has its parts, whatever arguments say.
     return ARCHITECTURES[arch] | translated(given, SAME, UNCHANGED, INEFFECTIVE | PARTS.keys())
+
+
+def _translate_layer(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``PlainMamba`` for a published ``layer_cfgs``."""
+    mixer = dict(layer.get("mamba_cfg", {}))
+    nothing_left(layer.keys() - {"use_rms_norm", "mamba_cfg"})
+    rank = mixer.pop("dt_rank", "auto")
+    return {
+        "norm": "rms" if layer.get("use_rms_norm", False) else "layer",
+        "dt_rank": None if rank == "auto" else rank,
+        "bias": False,  # the published default
+        **translated(mixer, MIXER, ineffective=START),
+    }
 
 
 def _run_classifier(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
