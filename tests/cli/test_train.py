@@ -70,6 +70,13 @@ def test_fit_tests_the_checkpoint_that_it_is_told(tmp_path, monkeypatch):
     assert tested == ["best.ckpt", "last.ckpt"]
 
 
+def test_data_that_the_test_after_fit_refuses_are_refused_before_it_trains(tmp_path, capsys):
+    file = write_config(tmp_path / "small.yaml", small_config(image_folder(tmp_path / "data")))
+    assert main(["fit", "--config", file, "--test_after_fit=best", "--data.init_args.test_folder=exam"]) == 1
+    assert re.search(r"error: ImageFolder: .*exam must be a folder of classes", capsys.readouterr().err)
+    assert not (tmp_path / "runs" / "version_0" / "checkpoints").exists()
+
+
 def test_a_saved_configuration_can_be_used_again(run, tmp_path, capsys):
     folder, file = run
     with pytest.raises(SystemExit, match="0"):

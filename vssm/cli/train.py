@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -70,6 +70,14 @@ class SaveConfig(SaveConfigCallback):
         if stage == "fit":
             self.config.ckpt_path = None  # the file repeats the run; it does not resume it
             super().setup(trainer, pl_module, stage)
+
+
+class FindTestData(Callback):
+    """Find the data of the test after ``fit``, and refuse what does not fit, before anything is trained."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            trainer.datamodule.setup("test")
 
 
 class TrainCLI(LightningCLI):
@@ -188,7 +196,8 @@ class TrainCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(root, name="", version=int(number[1]) if number else version)
         kwargs["plugins"] = [*_as_list(trainer.plugins), AtomicCheckpointIO()]
         rates = [LearningRateMonitor("step")] if self.subcommand == "fit" and trainer.logger is not False else []
-        kwargs["callbacks"] = [*_as_list(trainer.callbacks), RandomState(), *rates]
+        tested = [FindTestData()] if self.config[self.subcommand].get("test_after_fit") else []
+        kwargs["callbacks"] = [*_as_list(trainer.callbacks), RandomState(), *rates, *tested]
         return super().instantiate_trainer(**kwargs)
 
     # ---- after the commands ----
