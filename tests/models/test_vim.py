@@ -141,6 +141,8 @@ PATHS = [  # published arguments, and what the sheet says they do
     ({"if_divide_out": False}, dict(token="middle", halve=False)),
     ({"if_devide_out": False}, dict(token="middle", halve=False)),
     ({"bimamba_type": "v1"}, dict(token="middle", kind="v1")),
+    ({"if_bimamba": True}, dict(token="middle", kind="v1")),
+    ({"ssm_cfg": {}, "initializer_cfg": None, "device": None, "dtype": None}, dict(token="middle")),
     ({"bimamba_type": "none", "use_middle_cls_token": False}, dict(token="first", kind="none")),
     ({"rms_norm": False}, dict(token="middle", norm="layer")),
     ({"init_layer_scale": 0.5}, dict(token="middle")),
@@ -377,6 +379,9 @@ def test_backbone_features_are_branches_or_the_stream(last):
 
 def test_the_published_backbone_has_the_published_keys():
     kwargs = dict(img_size=64, patch_size=16, in_chans=3, num_classes=2, depth=4, out_indices=[0, 1, 2, 3], embed_dim=8)
+    with pytest.raises(NotCovered, match="if_fpn=False"):
+        published(BACKBONE, {**kwargs, "if_fpn": False})
+    kwargs["if_fpn"] = True
     built = published(BACKBONE, {**kwargs, "use_residual_as_feature": True, "last_layer_process": "add & norm"})
     shapes = published_shapes(shapes_of(built.model), built.keys)
     assert shapes["layers.0.mixer.A_log"] == (16, 3)                                         # in_chans went to d_state

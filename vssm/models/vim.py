@@ -311,11 +311,11 @@ DEFAULTS = {
     "use_middle_cls_token": True, "use_double_cls_token": False, "init_layer_scale": None,
 }  # fmt: skip
 UNCHANGED = {
-    "ssm_cfg": None, "if_bidirectional": False, "if_bimamba": False, "flip_img_sequences_ratio": -1.0,
-    "pt_hw_seq_len": ROTARY_GRID,
+    "ssm_cfg": None, "if_bidirectional": False, "flip_img_sequences_ratio": -1.0, "pt_hw_seq_len": ROTARY_GRID,
 }  # fmt: skip
 ELSEWHERE = {  # change no output: training, precision, fused or not
     "drop_rate", "drop_path_rate", "fused_add_norm", "residual_in_fp32", "pretrained", "ft_seq_len", "use_checkpoint",
+    "initializer_cfg", "device", "dtype",
 }  # fmt: skip
 FACTORIES = {f"vim_{size}_": {"embed_dim": dim} for size, dim in (("tiny", 192), ("small", 384), ("base", 768))}
 FINAL_POOLS = {"none": "last", "mean": "avg", "max": "logit_max", "all": ""}
@@ -326,11 +326,18 @@ DIRECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def directions_of(kwargs: Mapping[str, Any]) -> str:
+    """The published ``bimamba_type`` that a mixer has; ``if_bimamba``, an older name, chooses "v1"."""
+    return "v1" if kwargs.get("if_bimamba") else kwargs.get("bimamba_type", "v2")
+
+
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``Vim`` for those of the published ``VisionMamba``."""
     given = {"if_divide_out" if key == "if_devide_out" else key: value for key, value in kwargs.items()}
+    given["bimamba_type"] = directions_of(kwargs)
+    given.pop("if_bimamba", None)
     for key, value in UNCHANGED.items():
-        if given.pop(key, value) not in (value, None, 0):
+        if given.pop(key, value) not in (value, None, 0, {}):
             raise NotCovered(f"{key}={kwargs[key]!r}")
     nothing_left(given.keys() - DEFAULTS.keys() - ELSEWHERE)
     given = DEFAULTS | given
@@ -371,7 +378,7 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
         raise NotCovered(f"entry {entry!r} is no model of this family")
     implied = {**FACTORIES[factory], "stride": 8 if "_stride8_" in name else 16} if factory else {}
     ours = translate({**implied, **kwargs})
-    rules = keys(kwargs.get("bimamba_type", "v2"))
+    rules = keys(directions_of(kwargs))
     if ours["class_token"] == "ends":
         rules = [*rules, rename(r"^cls_token_head$", "cls_token")]
     return Published(Vim(**ours), rules, run_blocks)
@@ -382,6 +389,8 @@ def _published_backbone(kwargs: Mapping[str, Any]) -> Published:
     own = {
         key: given.pop(key) for key in ("out_indices", "use_residual_as_feature", "last_layer_process") if key in given
     }
+    if not given.pop("if_fpn", True):
+        raise NotCovered("if_fpn=False")
     # As published: this class passes its arguments on by position, one place off.
     shifted = {"d_state": given.pop("in_chans", 16), "channels": given.pop("num_classes", 3)}
     given |= {**shifted, "final_pool_type": "mean"}
@@ -391,7 +400,7 @@ def _published_backbone(kwargs: Mapping[str, Any]) -> Published:
     # As published: the size of the patches chooses the pyramid, not their stride.
     model.pyramid = nn.ModuleList(pyramid(model.trunk.embed_dim, given.get("patch_size", 16)))
     rules = [
-        *keys(kwargs.get("bimamba_type", "v2")),
+        *keys(directions_of(kwargs)),
         *([] if isinstance(model.trunk.norm, RmsNorm | LayerNorm) else [drop(r"^norm\.")]),
         *(rename(rf"^fpn{i + 1}\.", f"pyramid.{i}.") for i in range(4)),
         rename(r"^(blocks|pos_embed|patch_embed|norm)", r"trunk.\1"),
@@ -415,4 +424,4 @@ def _published_detector(kwargs: Mapping[str, Any]) -> Published:
             _, branch, x = block.step(x, grid)
         return {name: to_map(branch if process == "none" else x, grid)}
 
-    return Published(model, keys(kwargs.get("bimamba_type", "v2")), run)
+    return Published(model, keys(directions_of(kwargs)), run)
