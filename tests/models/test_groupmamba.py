@@ -125,8 +125,6 @@ def test_published_constructors():
     assert [len(stage.blocks) for stage in plain.stages] == [3, 4, 6, 3]
     assert [len(stage.blocks) for stage in small.stages] == [3, 4, 16, 3]
     assert small.head.fc_dist.weight.shape == (3, 512)
-    with pytest.raises(NotCovered, match="norm_layer='LayerNorm'"):
-        published("x.py:GroupMamba", {})
 
 
 def test_bad_arguments():

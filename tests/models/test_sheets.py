@@ -15,6 +15,7 @@ from sheets import batch_norm, conv, linear, merge, norm, scan, ssm, sub, unit, 
 from tolerance import error
 
 import vssm
+from vssm.models.groupmamba import published as groupmamba_published
 from vssm.models.keys import to_published
 from vssm.models.plainmamba import published as plainmamba_published
 from vssm.models.variant import variants
@@ -110,7 +111,7 @@ def multiscale(x, p, third):
     return linear(y if z is None else y * F.silu(z), p, "out_proj")
 
 
-def groupmamba(p, x, depths):
+def groupmamba(p, x, depths, eps=1e-6):
     for i, stride in ((0, 2), (3, 1), (6, 1)):
         x = conv(x, p, f"patch_embed1.conv.{i}", stride).permute(0, 3, 1, 2)
         x = batch_norm(x, p, f"patch_embed1.conv.{i + 1}").relu().permute(0, 2, 3, 1)
@@ -119,14 +120,14 @@ def groupmamba(p, x, depths):
         for j in range(depth):
             b = sub(p, f"block{s}.{j}.")
             x = x + modulated(x, sub(b, "attn."))
-            m = conv(linear(norm(x, b, "norm2", 1e-6), b, "mlp.fc1"), b, "mlp.dwconv.dwconv")
+            m = conv(linear(norm(x, b, "norm2", eps), b, "mlp.fc1"), b, "mlp.dwconv.dwconv")
             x = x + linear(F.gelu(m), b, "mlp.fc2")
         if s < 4:
-            x = norm(x, p, f"norm{s}", 1e-6)
+            x = norm(x, p, f"norm{s}", eps)
     x, b = x.mean((1, 2), keepdim=True), sub(p, "post_network.0.")
-    x = x + norm(modulated(x, sub(b, "attn.")), b, "norm1", 1e-6)
-    x = x + linear(F.gelu(linear(norm(x, b, "norm2", 1e-6), b, "mlp.fc1")), b, "mlp.fc2")
-    x = norm(x, p, "norm4", 1e-6)[:, 0, 0]
+    x = x + norm(modulated(x, sub(b, "attn.")), b, "norm1", eps)
+    x = x + linear(F.gelu(linear(norm(x, b, "norm2", eps), b, "mlp.fc1")), b, "mlp.fc2")
+    x = norm(x, p, "norm4", eps)[:, 0, 0]
     return (linear(x, p, "head") + linear(x, p, "dist_head")) / 2
 
 
@@ -368,3 +369,13 @@ def test_plainmamba_has_other_parts_as_published(mixer, rms):
         p = to_published(model.state_dict(), built.keys)
         assert ("backbone.layers.0.mamba.in_proj.bias" in p) == mixer.get("bias", False)
         assert error(model(x), plainmamba(p, x.permute(0, 2, 3, 1), 2)) < 1e-9
+
+
+def test_groupmamba_has_other_norms_where_the_class_is_called_without_them():
+    parts = dict(embed_dims=(16, 16, 20, 24), stem_hidden_dim=8, mlp_ratios=(2, 2, 1, 1), depths=(1, 1, 1, 1))
+    built = groupmamba_published("x.py:GroupMamba", {**parts, "num_classes": 7})
+    model, x = built.model.double().eval(), torch.randn(2, 3, 45, 30, dtype=torch.float64)
+    with torch.no_grad():
+        p, x_last, y = to_published(model.state_dict(), built.keys), x.permute(0, 2, 3, 1), model(x)
+        assert error(y, groupmamba(p, x_last, (1, 1, 1, 1), eps=1e-5)) < 1e-9
+        assert error(y, groupmamba(p, x_last, (1, 1, 1, 1))) > 1e-9

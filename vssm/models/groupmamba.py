@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ from vssm.layers.ssm import SelectiveSSM, ssm_parameters
 from vssm.models.backbone import run_classifier
 from vssm.models.base import Hierarchical, linear_head, make_stages
 from vssm.models.keys import Rule, rename, reshape, stack
-from vssm.models.variant import Published, Variant, Weights, constructor, translated
+from vssm.models.variant import NotCovered, Published, Variant, Weights, constructor, translated
 from vssm.scans import scan_rows, scan_table, visits_once
 
 REPOSITORY = "Amshaker/GroupMamba"
 GROUPS = 4
-STAGE_EPS = 1e-6  # of the norms between and inside blocks; those of stems and mixers have 1e-5
+STAGE_EPS = 1e-6  # of the norms between and inside blocks of published models; those of stems and mixers have 1e-5
 
 
 class Stem(nn.Module):
@@ -52,9 +53,9 @@ class Stem(nn.Module):
 class Downsample(nn.Module):
     """A norm, a convolution of stride 2, and a norm. (B, C, H, W) to (B, C', H / 2, W / 2), rounded up."""
 
-    def __init__(self, dim: int, out: int):
+    def __init__(self, dim: int, out: int, eps: float):
         super().__init__()
-        self.norm1 = ChannelNorm(dim, STAGE_EPS)
+        self.norm1 = ChannelNorm(dim, eps)
         self.proj, self.norm2 = nn.Conv2d(dim, out, 3, stride=2, padding=1), ChannelNorm(out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,11 +158,17 @@ class GroupMambaBlock(nn.Module):
     """Mix, add; norm, MLP, add. (B, C, H, W) in and out, channels last in memory. The mixer has its own norm."""
 
     def __init__(
-        self, dim: int, mlp_ratio: float, scan: str, scan_options: Mapping[str, Any] | None, drop_path: float = 0.0
+        self,
+        dim: int,
+        mlp_ratio: float,
+        scan: str,
+        scan_options: Mapping[str, Any] | None,
+        eps: float,
+        drop_path: float = 0.0,
     ):
         super().__init__()
         self.mixer = GroupMixer(dim, scan, scan_options)
-        self.norm, self.mlp = TokenNorm(dim, eps=STAGE_EPS), ConvMlp(dim, int(dim * mlp_ratio))
+        self.norm, self.mlp = TokenNorm(dim, eps=eps), ConvMlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,10 +185,12 @@ class ClassBlock(nn.Module):
     As published: the patches stand beside the token, but the mixer sees a grid of one cell.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float, scan: str, scan_options: Mapping[str, Any] | None):
+    def __init__(
+        self, dim: int, mlp_ratio: float, scan: str, scan_options: Mapping[str, Any] | None, eps: float
+    ):
         super().__init__()
-        self.mixer, self.norm1 = GroupMixer(dim, scan, scan_options), LayerNorm(dim, eps=STAGE_EPS)
-        self.norm2, self.mlp = LayerNorm(dim, eps=STAGE_EPS), Mlp(dim, int(dim * mlp_ratio))
+        self.mixer, self.norm1 = GroupMixer(dim, scan, scan_options), LayerNorm(dim, eps=eps)
+        self.norm2, self.mlp = LayerNorm(dim, eps=eps), Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, None]
@@ -197,11 +206,18 @@ class ClassHead(nn.Module):
     """
 
     def __init__(
-        self, dim: int, block: nn.Module, num_classes: int, global_pool: str, drop_rate: float, distillation: bool
+        self,
+        dim: int,
+        block: nn.Module,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        distillation: bool,
+        eps: float,
     ):
         super().__init__()
         self.dim, self.distillation, self.paired = dim, distillation, False
-        self.block, self.norm, self.drop = block, LayerNorm(dim, eps=STAGE_EPS), nn.Dropout(drop_rate)
+        self.block, self.norm, self.drop = block, LayerNorm(dim, eps=eps), nn.Dropout(drop_rate)
         self.set_pool(global_pool, num_classes)
         self.set_classes(num_classes)
 
@@ -246,6 +262,7 @@ class GroupMamba(Hierarchical):
         stem_dim: Channels in the stem.
         mlp_ratios: Hidden channels of the MLPs over those of the block, by stage.
         distillation: Have a second classifier, which learns from a teacher.
+        norm_eps: Of the norms between and inside blocks.
         scan, scan_options: A registered order, whose rows are the directions of the groups.
     """
 
@@ -260,6 +277,7 @@ class GroupMamba(Hierarchical):
         stem_dim: int = 32,
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         distillation: bool = True,
+        norm_eps: float = STAGE_EPS,
         scan: str = "cross",
         scan_options: Mapping[str, Any] | None = None,
         drop_rate: float = 0.0,
@@ -272,13 +290,13 @@ class GroupMamba(Hierarchical):
             )
 
         def block(i: int, j: int, rate: float) -> nn.Module:
-            return GroupMambaBlock(dims[i], mlp_ratios[i], scan, scan_options, rate)
+            return GroupMambaBlock(dims[i], mlp_ratios[i], scan, scan_options, norm_eps, rate)
 
-        stages = make_stages(depths, dims, drop_path_rate, block, Downsample)
+        stages = make_stages(depths, dims, drop_path_rate, block, partial(Downsample, eps=norm_eps))
         super().__init__(Stem(in_chans, stem_dim, dims[0]), stages, dims, nn.Identity(), num_classes=0)
-        block = ClassBlock(dims[-1], mlp_ratios[-1], scan, scan_options)
+        block = ClassBlock(dims[-1], mlp_ratios[-1], scan, scan_options, norm_eps)
         self.num_classes = num_classes
-        self.head = ClassHead(dims[-1], block, num_classes, global_pool, drop_rate, distillation)
+        self.head = ClassHead(dims[-1], block, num_classes, global_pool, drop_rate, distillation, norm_eps)
         self.apply(linear_like_transformers)
         self.apply(_init_conv)
 
@@ -372,14 +390,23 @@ VARIANTS = [
 
 SAME = {"in_chans": "in_chans", "num_classes": "num_classes", "mlp_ratios": "mlp_ratios", "depths": "depths",
         "distillation": "distillation", "stem_hidden_dim": "stem_dim", "embed_dims": "dims"}  # fmt: skip
-UNCHANGED = {"norm_layer": "LayerNorm(eps=1e-6)", "num_stages": 4}
+NORM_LAYERS = {"LayerNorm(eps=1e-6)": STAGE_EPS, "LayerNorm": 1e-5}  # the published argument, and its eps
+UNCHANGED = {"num_stages": 4}
 TRAINING = {"drop_path_rate", "pretrained"}  # do not change what is computed
 
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``GroupMamba`` for those of the published one."""
     given = {"depths": (3, 4, 6, 3), "norm_layer": "LayerNorm", **kwargs}  # the published defaults, of no model
-    return translated(given, SAME, UNCHANGED, TRAINING)
+    return _translated(given)
+
+
+def _translated(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    given = dict(kwargs)
+    norm = given.pop("norm_layer", "LayerNorm(eps=1e-6)")
+    if norm not in NORM_LAYERS:
+        raise NotCovered(f"norm_layer={norm!r}")
+    return {**translated(given, SAME, UNCHANGED, TRAINING), "norm_eps": NORM_LAYERS[norm]}
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
@@ -389,7 +416,7 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     if name == "GroupMamba":
         ours = translate(kwargs)
     else:
-        ours = {**factories[name], **translated(kwargs, SAME, UNCHANGED, TRAINING)}
+        ours = {**factories[name], **_translated(kwargs)}
     return Published(GroupMamba(**ours), KEYS, _run)
 
 
