@@ -86,6 +86,13 @@ def test_what_is_not_covered_says_so(kwargs):
         published("x.py:SpatialMamba", kwargs)
 
 
+def test_the_published_class_has_defaults_of_its_own():
+    with torch.device("meta"):
+        model = published("x.py:SpatialMamba", {}).model
+    assert [len(stage.blocks) for stage in model.stages] == [2, 2, 9, 2]
+    assert model.num_features == 768
+
+
 def test_another_entry_is_not_covered():
     with pytest.raises(NotCovered, match="no model of this family"):
         published("x.py:StateFusion", {})

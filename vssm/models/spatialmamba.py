@@ -180,7 +180,8 @@ INEFFECTIVE = {  # in training only; or, as published, nothing depends on it
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``SpatialMamba`` for those of the published one."""
-    return translated(kwargs, SAME, UNCHANGED, INEFFECTIVE)
+    # The published defaults, of no model.
+    return translated({"depths": (2, 2, 9, 2), "dims": 96, **kwargs}, SAME, UNCHANGED, INEFFECTIVE)
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
