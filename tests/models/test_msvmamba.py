@@ -192,6 +192,7 @@ def test_reversed_columns_at_full_resolution_return_the_second_part_twice():
         (THIRD, {"ms_stage": [0]}, "arguments ms_stage"),
         (THIRD, {"forward_type": "v05_noz"}, "forward_type='v05_noz'"),
         (THIRD, {"norm_layer": "bn"}, "norm_layer='bn'"),
+        (FIRST, {"dims": 8}, "the published defaults of depths"),
         ("vmamba.py (branch v2):Heat", {}, "no model of this family"),
     ],
 )

@@ -33,7 +33,7 @@ from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, drop, rename
 from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame, unread
-from vssm.models.variant import Published, Variant, Weights, constructor, translated
+from vssm.models.variant import Published, Variant, Weights, constructor, defaults_unknown, translated
 from vssm.scans import scan_shape, to_sequences
 
 REPOSITORY = "TerryPei/EfficientVMamba"
@@ -231,7 +231,9 @@ SAME = {"in_chans": "in_chans", "num_classes": "num_classes", "patch_size": "pat
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``EfficientVMamba`` for those of the published ``EfficientVSSM``."""
-    return translated(kwargs, SAME, UNCHANGED, INEFFECTIVE)
+    ours = translated(kwargs, SAME, UNCHANGED, INEFFECTIVE)
+    defaults_unknown(kwargs, "dims", "depths")
+    return ours
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
@@ -240,7 +242,7 @@ def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
     given = dict(kwargs)
     out_indices = given.pop("out_indices", (0, 1, 2, 3))
     ours = translate(given)
-    own_keys = keys(ours.get("depths", (2, 2, 4, 2)))
+    own_keys = keys(ours["depths"])
     if name == "EfficientVSSM":
         return Published(EfficientVMamba(**ours), own_keys, run_classifier)
     model = EfficientVMamba(**{**ours, "num_classes": 0})

@@ -35,7 +35,7 @@ from vssm.layers.ssm import decay, dt_bias_
 from vssm.models.backbone import run_classifier
 from vssm.models.base import Hierarchical, make_stages
 from vssm.models.keys import Rule, rename, stack
-from vssm.models.variant import NotCovered, Published, Variant, Weights, translated
+from vssm.models.variant import NotCovered, Published, Variant, Weights, defaults_unknown, translated
 
 REPOSITORY = "cocoalex00/Mamba2D"
 HEAD_DIM = 32
@@ -413,9 +413,7 @@ INEFFECTIVE = {"drop_path_rate", "recomp"}  # in training only; the same numbers
 def translate(kwargs: Mapping[str, Any], first: bool) -> dict[str, Any]:
     """Arguments of ``Mamba2D`` for those of the published classifier, of its first generation or its second."""
     given = dict(kwargs["backbone"])
-    missing = {"n_blocks", "embed_dim", "token_mixer"} - given.keys()
-    if missing:
-        raise NotCovered(f"the published defaults of {', '.join(sorted(missing))}")
+    defaults_unknown(given, "n_blocks", "embed_dim", "token_mixer")
     types = given.pop("token_mixer")
     if not set(types) <= TOKEN_MIXERS.keys():
         raise NotCovered(f"token_mixer={types!r}")

@@ -30,7 +30,7 @@ from vssm.models.backbone import StageMaps, run_backbone, run_classifier
 from vssm.models.base import Hierarchical, make_stages, widths
 from vssm.models.keys import Rule, rename, reshape, split, stack
 from vssm.models.names import FIRST_RELEASE, SSM_SHAPES, frame, unread
-from vssm.models.variant import NotCovered, Published, Variant, Weights, constructor, nothing_left
+from vssm.models.variant import NotCovered, Published, Variant, Weights, constructor, defaults_unknown, nothing_left
 from vssm.scans import scan_rows, scan_table, to_grid
 
 REPOSITORY = "YuHengsss/MSVMamba"
@@ -402,6 +402,7 @@ def translate(kwargs: Mapping[str, Any], generation: int) -> dict[str, Any]:
     else:
         ours |= _third(given)
     nothing_left(given)
+    defaults_unknown(kwargs, "dims", "depths")
     return ours
 
 

@@ -130,6 +130,17 @@ def nothing_left(kwargs: Collection[str]) -> None:
         raise NotCovered(f"arguments {', '.join(sorted(kwargs))}")
 
 
+def defaults_unknown(kwargs: Collection[str], *names: str) -> None:
+    """Refuse a call of a published constructor that leaves out arguments whose defaults nobody here knows.
+
+    Raises:
+        NotCovered: If one of ``names`` is not among ``kwargs``.
+    """
+    missing = set(names) - set(kwargs)
+    if missing:
+        raise NotCovered(f"the published defaults of {', '.join(sorted(missing))}")
+
+
 def twins(rows: Sequence[Variant]) -> list[Variant]:
     """The rows without Mamba, ``NAME_nomamba``: models whose mixers are convolutions of the same width."""
 
