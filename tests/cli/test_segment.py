@@ -107,7 +107,7 @@ def test_train_predict_writes_the_same(run, tmp_path):
 
 def test_what_cannot_be_predicted_is_refused(run, tmp_path, capsys):
     def said(*arguments):
-        assert predict([*map(str, arguments), "--output", str(tmp_path / "out"), "--quiet"]) == 2
+        assert predict(["--output", str(tmp_path / "out"), "--quiet", *map(str, arguments)]) == 2
         return capsys.readouterr().err
 
     image, unfinished = blob(0)[0], tmp_path / "unfinished"
@@ -126,5 +126,8 @@ def test_what_cannot_be_predicted_is_refused(run, tmp_path, capsys):
     assert said(run, tmp_path / "two" / "nowhere").startswith(f"vssm predict: {tmp_path / 'two' / 'nowhere'} must be")
     assert "last.ckpt is there: name it to use it" in said(unfinished, tmp_path / "good.nii.gz")
     assert "text.nii cannot be read" in said(run, tmp_path / "text.nii")
+    assert "out must be a folder that can be written to" in said(
+        run, tmp_path / "good.nii.gz", "--output", tmp_path / "text.nii" / "out"
+    )
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     assert "must be a checkpoint of vssm.tasks.segmentation" in said(tmp_path / "other.ckpt", tmp_path / "good.nii.gz")

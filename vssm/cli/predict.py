@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         channels = check_cases("vssm predict", cases, (), read=False)
         if channels != task.in_channels:
             raise ValueError(f"volumes must have {task.in_channels} channels for this network, got {channels}")
+        if not _writable(options.output):
+            raise ValueError(f"--output {options.output} must be a folder that can be written to; name another")
     except (OSError, ValueError) as error:
         print(f"vssm predict: {str(error).removeprefix('vssm predict: ')}", file=sys.stderr)
         return 2
@@ -78,6 +80,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     write_table(options.output / "volumes.csv", rows)
     return 0
+
+
+def _writable(folder: Path) -> bool:
+    """Whether ``folder`` is one that takes files, or can be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 class Unreadable(Exception):
