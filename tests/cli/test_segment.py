@@ -121,7 +121,9 @@ def test_what_cannot_be_predicted_is_refused(run, tmp_path, capsys):
     assert "must be a run folder with checkpoints/best.ckpt" in said(tmp_path / "nothing", tmp_path / "good.nii.gz")
     assert "volumes must have 1 channels for this network, got 2" in said(run, tmp_path / "two")
     assert "good twice" in said(run, tmp_path / "good.nii.gz", tmp_path / "good.nii.gz")
-    assert "broken.nii.gz cannot be read" in said(run, tmp_path / "broken.nii.gz")
+    assert "broken.nii.gz cannot be read" in said(run, tmp_path / "good.nii.gz", tmp_path / "broken.nii.gz")
+    [row] = csv.DictReader((tmp_path / "out" / "volumes.csv").open())  # of what was predicted before
+    assert row["case"] == "good"
     assert "holes.nii.gz holds NaN or infinity" in said(run, tmp_path / "holes.nii.gz")
     assert said(run, tmp_path / "two" / "nowhere").startswith(f"vssm predict: {tmp_path / 'two' / 'nowhere'} must be")
     assert "last.ckpt is there: name it to use it" in said(unfinished, tmp_path / "good.nii.gz")

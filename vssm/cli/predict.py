@@ -73,12 +73,15 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"vssm predict: {str(error).removeprefix('vssm predict: ')}", file=sys.stderr)
         return 2
+    rows: list[dict[str, Any]] = []
     try:
-        rows = list(_predict(task, cases, options))
+        rows.extend(_predict(task, cases, options))
     except Unreadable as error:  # any other error is not the input's
         print(f"vssm predict: {error}", file=sys.stderr)
         return 2
-    write_table(options.output / "volumes.csv", rows)
+    finally:
+        if rows:
+            write_table(options.output / "volumes.csv", rows)
     return 0
 
 
