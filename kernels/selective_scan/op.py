@@ -131,6 +131,8 @@ def _traced(
     if name == "reference":
         return reference.selective_scan(_checked(Problem(*problem)))
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem[:12])
+    # torch.jit.trace keeps it as a constant: what it traces is mostly run without gradients.
+    save = save and not torch._C._is_tracing()
     y, last_state, _, _ = torch.ops.vssm.selective_scan(*problem, save, name, k)
     return y, last_state
 
@@ -279,9 +281,12 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 def _backward_op(grad_y: Tensor, grad_last: Tensor, *args: Any) -> list[Tensor]:
     *problem, states, ungated, backend = args
     p = _real(problem)
-    if states.numel():
-        states = states.view(implementation("selective_scan", backend).saved(p.b, p.k, p.t, p.d, p.n, p.u.dtype)[0])
+    shape, _ = implementation("selective_scan", backend).saved(p.b, p.k, p.t, p.d, p.n, p.u.dtype)
     with fleeting():
+        if states.numel():
+            states = states.view(shape)
+        elif prod(shape):  # not saved
+            _, _, states, ungated = _forward(p, True, backend)
         grads = _backward(p, grad_y, grad_last, states, ungated, backend)
     return [g for g in grads if g is not None]
 

@@ -38,3 +38,18 @@ for name in {list(SIZES)}:
 @pytest.mark.parametrize("name", SIZES)
 def test_a_traced_model_is_the_model(name, agreeing):
     assert name in agreeing
+
+
+@pytest.mark.parametrize("name", ["test_vmamba", "test_vim"])
+def test_a_model_may_be_traced_with_gradients_on(name):
+    """The tracer's own check holds, and what was traced has the model's gradients."""
+    torch.manual_seed(0)
+    model, x = create_model(name).eval(), torch.randn(2, *SIZES[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, x)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model(x).square().sum(), parameters)
+    actual = torch.autograd.grad(traced(x).square().sum(), parameters)
+    for value, other in zip(actual, expected):
+        assert torch.allclose(value, other, rtol=1e-4, atol=1e-5)
