@@ -130,9 +130,9 @@ def _traced(
     k, problem, name = decided(RULES, operands, same, options, backend)
     if name == "reference":
         return reference.selective_scan(_checked(Problem(*problem)))
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem[:12])
     # torch.jit.trace keeps it as a constant: what it traces is mostly run without gradients.
-    save = save and not torch._C._is_tracing()
+    save = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    save = save and any(x is not None and x.requires_grad for x in problem[:12])
     y, last_state, _, _ = torch.ops.vssm.selective_scan(*problem, save, name, k)
     return y, last_state
 
