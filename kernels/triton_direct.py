@@ -27,7 +27,7 @@ from vssm.kernels.triton_graph import FUNCTIONS, INVALID_CONTEXT, Chain, Node, r
 log = logging.getLogger(__name__)
 
 LEAST = 2  # kernels that a graph is made of, at least
-OFTEN = 10  # runs before it is made: making it takes 40 µs, and it saves 3 to 9 a run
+OFTEN = 10  # runs before it is made: making it takes 40 µs, and it saves 3 to 8 a run
 Argument = tuple[str, int]  # ("tensor", its number) or ("value", an integer)
 WIDTHS = {"i32": "u32", "u32": "u32", "i64": "u64", "u64": "u64"}  # Triton's types and PTX's
 
@@ -59,7 +59,7 @@ class Launches:
         self.launches: list[tuple[ctypes.c_void_p, ...]] = []
         self.nodes: list[Node] = []  # none if there is to be no chain
         self.chain: Chain | None = None
-        self.runs = 0  # since the chain was made, moved or thought of
+        self.runs = 0  # one by one, since a chain was last thought of
         self.kept: list[Any] = []  # what addresses point to
         table = ctypes.addressof(self.table)
         for compiled, programs, arguments in kernels:
@@ -118,6 +118,7 @@ class Launches:
                 self._part(self.chain.status)
 
     def _part(self, status: int) -> None:
+        """Have no chain any more: the driver refused it."""
         log.info("kernels are launched one by one: a graph of them met CUDA error %d", status)
         self.chain, self.nodes = None, []
 

@@ -124,8 +124,8 @@ def page() -> str:
         "block alone. *× Swin-T*: inference and training over timm's Swin-T in the same mode, below 1 is slower. (≥): "
         "other processes used the GPU meanwhile. Eager rows were taken while other processes kept the machine's CPU "
         "busy, rates of graphed ones one after another on a GPU of their own; backward of classifiers ran on the "
-        "calling thread, as under `vssm train`. Eager rows of families, detectors and segmenters are of earlier "
-        "versions.",
+        "calling thread, as under `vssm train`. Eager rows of GroupMamba, Spatial-Mamba, VSSD, Mamba2D, detectors and "
+        "segmenters are of earlier versions.",
         "## Classifiers",
         table_of_models(first),
         slower(first),

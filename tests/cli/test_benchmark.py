@@ -235,17 +235,55 @@ def test_kernels_are_compared_by_device_time(monkeypatch):
 
 
 def test_calls_are_timed_on_the_cpu(monkeypatch):
-    """With and without gradients, beside an empty pass; the least is no more than the median."""
-    synchronised = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronised.append(1))
+    """Without gradients, recorded, with backward, and an empty pass; by median and least."""
     shapes = {"u": (1, 12, 8), "delta": (1, 2, 12, 8), "A": (2, 8, 4), "B": (1, 2, 12, 4), "C": (1, 2, 12, 4)}
     shapes["grad"] = shapes["u"]
+    scans, passes = [], []
+
+    class Scan(benchmark.Scan):
+        def forward(self, call):
+            y = super().forward(call)
+            scans.append("recorded" if y.requires_grad else "plain")
+            y.register_hook(lambda grad: scans.append("backward")) if y.requires_grad else None
+            return y
+
+    def measured(calls, *, seconds):
+        for name, call in calls.items():
+            scans.clear()
+            found = call()
+            passes.append((name, *scans, type(found[0].grad_fn).__name__ if name == "empty" else ""))
+        return dict.fromkeys(calls, (2.0, 1.0))
+
+    monkeypatch.setattr(benchmark, "Scan", Scan)
     monkeypatch.setattr(benchmark, "_inputs", lambda *_: {name: -torch.rand(*shape) for name, shape in shapes.items()})
     monkeypatch.setattr(benchmark, "_table", lambda *_: torch.stack([torch.randperm(12) for _ in range(2)]))
-    monkeypatch.setattr(_timing, "ROUND", 2)
-    monkeypatch.setattr(benchmark, "SECONDS", 0.05)
+    monkeypatch.setattr(benchmark, "cpu_microseconds", measured)
     monkeypatch.setitem(benchmark.SUITE, "tiny", benchmark.Case(1, 2, 8, (3, 4), 4, True, 1.0, 1.0, 1.0))
     (row,) = benchmark.calls(["tiny"], torch.float32, None)
-    for what in ("forward", "recorded", "both", "empty", "python"):
-        assert 0 < row[f"{what} least"] <= row[f"{what} µs"]
-    assert synchronised
+    assert passes == [
+        ("forward", "plain", ""), ("recorded", "recorded", ""), ("both", "recorded", "backward", ""),
+        ("empty", "_EmptyBackward"), ("python", ""),
+    ]  # fmt: skip
+    assert (row["recorded µs"], row["recorded least"]) == (2.0, 1.0)
+
+
+def test_calls_take_turns_and_start_with_an_empty_queue(monkeypatch):
+    now, order = [0.0], []
+    monkeypatch.setattr(_timing, "ROUND", 4)
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("empty"))
+
+    def call(name, times):
+        def run():
+            now[0] += next(times)
+            order.append(name)
+
+        return run
+
+    one = call("one", iter([9.0] * 10 + [3e-6] * 4 + [5e-6] * 4 + [1e-6] * 4 + [1.0] * 99))
+    other = call("other", iter([0.0] * 10 + [2e-6] * 99))
+    found = _timing.cpu_microseconds({"one": one, "other": other}, seconds=3e-5)
+    turns = ["empty"] + ["one"] * 4 + ["empty"] + ["other"] * 4
+    assert order == ["one"] * 10 + ["other"] * 10 + turns * 2 + ["empty"]
+    assert found["one"] == pytest.approx((4.0, 3.0))
+    assert found["other"] == pytest.approx((2.0, 2.0))

@@ -214,4 +214,9 @@ def test_who_wants_launches_to_wait_gets_them_one_by_one(driver, monkeypatch):
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     some = launches()
     assert run(some, driver, 3 * OFTEN) == ALONE * 3 * OFTEN
+
+
+def test_nodes_lie_as_in_cuda_h():
+    names = ("function", "grid", "block", "shared", "arguments", "extra", "kernel", "context")
+    assert [getattr(Node, name).offset for name in names] == [0, 8, 20, 32, 40, 48, 56, 64]
     assert ctypes.sizeof(Node) == 72

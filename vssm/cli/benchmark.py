@@ -173,7 +173,7 @@ def scans(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Ite
 def calls(names: list[str], dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What an eager call of each case costs the CPU, microseconds, whatever the GPU takes: the median, and the least.
 
-    The least is what a CPU that is left alone takes.
+    The least is nearest to what a CPU that is left alone takes.
     """
     for name in names:
         row: dict[str, Any] = {"case": name}
@@ -219,10 +219,6 @@ class _Empty(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*inputs)
         return inputs[0].new_empty(inputs[0].shape), inputs[0].new_empty(4)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(ctx.saved_tensors)
 
 
 class Scan:

@@ -398,7 +398,8 @@ SAME = {"input_channels": "in_channels", "num_classes": "out_channels", "strides
 UNCHANGED: dict[str, Any] = {
     "conv_bias": True, "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "nonlin_kwargs": {"inplace": True},
 }  # fmt: skip
-INEFFECTIVE = {"dropout_op", "dropout_op_kwargs", "stem_channels"}  # As published: taken, and not looked at.
+# As published: dropout and another stem are taken as arguments, and not made.
+INEFFECTIVE = {"dropout_op", "dropout_op_kwargs", "stem_channels"}
 
 
 def published(entry: str, kwargs: Mapping[str, Any]) -> Published:
